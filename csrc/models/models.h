@@ -1,0 +1,70 @@
+/* models: the table "_class_name" -> how to read its config and build its graph.
+ *
+ * A model is one builder file and one row; it never touches passes, plan or exec.  Builders use
+ * diffusers' names in diffusers' order, so that unet.c reads like unet_2d_condition.py.
+ *
+ * Graph inputs and outputs, by class and entry (names are the contract with csrc/py):
+ *   UNet2DConditionModel forward
+ *     sample [b, c, h, w] io, step          timestep [timesteps] f32, schedule
+ *     step [1] i32, step (only `loop`)      encoder_hidden_states [b, tokens, d] io, prompt
+ *     text_embeds [b, d], time_ids [b, 6|5] io, prompt (only addition_embed_type "text_time")
+ *     encoder_attention_mask [b, tokens] f32, added to scores, prompt (only `masked`)
+ *     -> sample [b, c_out, h, w] io
+ *   AutoencoderKL encode: sample [b, 3, h, w] io -> moments [b, 2 c_latent, h/8, w/8] io
+ *                 decode: latents [b, c_latent, h, w] io -> sample [b, 3, 8h, 8w] io
+ *   CLIPTextModel, CLIPTextModelWithProjection forward
+ *     input_ids [b, tokens] i64, prompt     attention_mask [b, tokens] f32, added (only `masked`)
+ *     -> last_hidden_state [b, tokens, d] io; pooler_output [b, d] io, or text_embeds [b, p] io
+ *     -> hidden_states.<i> i = 0 .. layers io (only `hidden_states`), clip_skip (only clip_skip)
+ */
+#ifndef AC_MODELS_H
+#define AC_MODELS_H
+
+#include "../graph.h"
+#include "../json.h"
+#include "../weights.h"
+
+/* What a graph is built for; one graph (and plan, and exec) for each distinct value. */
+typedef struct ac_build_args {
+    const char *entry;     /* "forward" (UNet, CLIP), "encode", "decode" (VAE) */
+    int64_t batch;
+    int64_t height, width; /* of the sample input: latent pixels; VAE encode: image pixels */
+    int64_t tokens;        /* text length; UNet: of encoder_hidden_states */
+    int64_t timesteps;     /* UNet: rows of `timestep`; with `loop` one a step, else 1 or batch */
+    bool loop;             /* UNet: our loop calls: `timestep` [timesteps] is per schedule and the
+                            * step is chosen by input `step` [1] i32; outputs stay f32 */
+    bool masked;           /* CLIP: input `attention_mask`; UNet: `encoder_attention_mask` */
+    bool hidden_states;    /* CLIP: outputs `hidden_states.0` .. too */
+    int32_t clip_skip;     /* CLIP: k > 0: output `clip_skip`, the final layer norm of
+                            * hidden_states[-(k+1)]; what comes after it is dead */
+    ac_dtype io_dtype;     /* of float inputs and outputs at the edges */
+    ac_dtype compute;      /* of activations: f32 on the CPU */
+} ac_build_args;
+
+typedef struct ac_model_class {
+    const char *name; /* config.json's _class_name, or architectures[0] */
+    size_t config_size;
+    /* Reads the config; an unknown field or an unsupported value raises with its name. */
+    ac_status (*parse)(const ac_json *json, void *config);
+    /* Which entry points the class has, NULL-terminated. */
+    const char *const *entries;
+    /* Small args that make build() name every weight of entry `entry`. */
+    void (*smallest)(const void *config, const char *entry, ac_build_args *args);
+    /* Builds graph inputs, nodes and outputs.  Checks the args; errors are sticky in g. */
+    void (*build)(const void *config, const ac_build_args *args, ac_graph *g);
+    /* Old published names to today's, and prefixes (NULL: nothing to do). */
+    void (*rename)(const void *config, ac_weights *weights);
+    /* True for names found in files that the model does not use ("...position_ids"). */
+    bool (*ignores)(const void *config, const char *weight);
+} ac_model_class;
+
+/* NULL-terminated; find returns UNSUPPORTED with the list of known names. */
+extern const ac_model_class *const ac_model_classes[];
+ac_status ac_model_class_find(const ac_json *config, const ac_model_class **out);
+
+/* Every weight the class needs against what `weights` has: unknown, missing and wrongly shaped
+ * ones, all listed in one message.  Applies rename() first. */
+ac_status ac_model_check_weights(const ac_model_class *cls, const void *config,
+                                 ac_weights *weights);
+
+#endif

@@ -1,0 +1,69 @@
+/* scheduler: a sampler as a table of rows, made on the host in double before the loop.
+ *
+ * Each step is linear in the latent, the model's output, noise and a few remembered tensors, with
+ * one clamp on the way (Karras et al. 2022 and the samplers of diffusers all have this form):
+ *
+ *     input  = scale_in * x                     what the UNet sees
+ *     e      = guidance(unet(input, timestep))
+ *     m      = clip(m_x * x + m_e * e)          the converted output (x0, or e as it is)
+ *     basis  = [x, e, m, noise, r0 .. r5]
+ *     x'     = sum x_next[k] basis[k]
+ *     r[s]'  = sum store.c[k] basis[k]          for each store, all from the old basis
+ *
+ * schedulers/<name>.c fills the rows from scheduler_config.json; one kernel applies them.  What
+ * does not fit raises by name.
+ */
+#ifndef AC_SCHEDULER_H
+#define AC_SCHEDULER_H
+
+#include "json.h"
+
+#define AC_SCHED_REGISTERS 6
+enum { AC_BASIS_X, AC_BASIS_E, AC_BASIS_M, AC_BASIS_NOISE, AC_BASIS_R0,
+       AC_BASIS_COUNT = AC_BASIS_R0 + AC_SCHED_REGISTERS };
+#define AC_SCHED_STORES 3
+
+typedef struct ac_sched_row {
+    double timestep;       /* what the UNet is told */
+    double scale_in;
+    double m_x, m_e;
+    double clip;           /* clamp of m to [-clip, clip]; 0: none */
+    double threshold;      /* dynamic thresholding: quantile of |m| per image (Imagen), 0: none */
+    double threshold_max;  /* sample_max_value */
+    double x_next[AC_BASIS_COUNT];
+    int32_t n_stores;
+    struct { int32_t to; double c[AC_BASIS_COUNT]; } store[AC_SCHED_STORES];
+    bool draws_noise;      /* the generator advances at this row, as diffusers' does */
+    bool counts;           /* progress: false for the inner evaluations of higher-order samplers */
+} ac_sched_row;
+
+typedef struct ac_schedule {
+    int32_t n_rows;        /* UNet calls, len(scheduler.timesteps) */
+    ac_sched_row *rows;
+    double init_noise_sigma;
+    double *alphas_cumprod; /* [n_train], for add_noise of img2img */
+    int32_t n_train;
+    ac_arena arena;        /* owns all of it */
+} ac_schedule;
+
+typedef struct ac_sched_options {
+    int32_t num_inference_steps; /* 1 .. num_train_timesteps (diffusers' own limits apply) */
+    double eta;                  /* DDIM and friends; pipe(eta=) */
+} ac_sched_options;
+
+/* `config`: parsed scheduler_config.json with "_class_name".  An unknown class, an option or value
+ * that is not supported, or a combination where diffusers gives NaN raises and names it. */
+ac_status ac_schedule_new(const ac_json *config, const ac_sched_options *options,
+                          ac_schedule **out);
+void ac_schedule_free(ac_schedule *schedule);
+
+/* Names of the classes in the table, NULL at the end. */
+const char *const *ac_scheduler_names(void);
+
+/* x [n, count] -> x'; e [n, count] is already guided; noise NULL unless the row uses it;
+ * registers: AC_SCHED_REGISTERS arrays of n*count f32.  `count` elements an image.  Plain C, f32
+ * storage with double arithmetic; `work` holds count floats when the row thresholds. */
+void ac_sched_apply(const ac_sched_row *row, int64_t n, int64_t count, float *x, const float *e,
+                    const float *noise, float *const *registers, float *work);
+
+#endif
