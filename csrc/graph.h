@@ -55,6 +55,7 @@ struct ac_graph {
     ac_status status; /* sticky; 0 while all is well */
     char *message;    /* of the first error, in the arena */
     char scope[512];  /* prefix of names, "down_blocks.0." */
+    const char *next_name; /* from ac_name; borrowed until the next node */
 };
 
 ac_status ac_graph_new(ac_dtype dtype, ac_graph **out);
@@ -66,7 +67,8 @@ void ac_push(ac_graph *g, const char *format, ...) AC_PRINTF(2, 3);
 void ac_pop(ac_graph *g);
 
 ac_val ac_input(ac_graph *g, const char *name, ac_dtype dtype, ac_shape shape, ac_rate rate);
-/* Weight `scope + name` of this shape; its dtype is the graph's until ac_graph_bind_dtypes. */
+/* Weight `scope + name` of this shape; its dtype is the graph's until model.c knows the
+ * weights themselves. */
 ac_val ac_weight(ac_graph *g, const char *name, ac_shape shape);
 void ac_output(ac_graph *g, ac_val value, const char *name);
 /* Name of the next nodes relative to the scope ("to_q"); used by the op builders, NULL: the op. */
