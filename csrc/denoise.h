@@ -1,0 +1,43 @@
+/* denoise: the loop.  Rows of a schedule drive a UNet, guidance and the sampler's step.
+ *
+ *     schedule rows + UNet exec -> [denoise] -> latents
+ *
+ * What the rows, the prompt and the UNet are is known before the loop; per step it does no
+ * allocation and takes no decision but the callback's.
+ */
+#ifndef AC_DENOISE_H
+#define AC_DENOISE_H
+
+#include "model.h"
+#include "rng.h"
+#include "scheduler.h"
+
+/* Called after row `index` with the latents [n, c, h, w] f32, which it may change in place.
+ * Returns 0 to go on, 1 to stop here (the latents so far are the result), or a negative status:
+ * the run fails with the message set. */
+typedef ac_status (*ac_step_fn)(void *arg, int32_t index, double timestep, float *latents);
+
+typedef struct ac_denoise_args {
+    ac_model *unet;
+    const ac_schedule *schedule;
+    int32_t first_row;      /* img2img starts later; 0 for text to image */
+    int64_t images;         /* n */
+    int64_t height, width;  /* of the latents */
+    int64_t channels;       /* of the latents */
+    /* Conditions for the UNet by input name, batch n, or 2n with guidance: negative ones first. */
+    const struct { const char *name; ac_tensor tensor; } *condition;
+    int32_t n_conditions;
+    int64_t tokens;
+    double guidance_scale;  /* <= 1: no guidance, batch n */
+    double guidance_rescale; /* 0: off (Lin et al. 2023, section 3.4) */
+    ac_rng *rng;            /* n of them, or one for all images as PyTorch draws for a batch */
+    int32_t n_rng;
+    ac_step_fn callback;    /* NULL: none */
+    void *callback_arg;
+    const _Atomic int *cancel; /* not 0: stop with AC_E_CANCELLED; NULL: none */
+} ac_denoise_args;
+
+/* latents [n, c, h, w] f32: noise times init_noise_sigma in, the sample out. */
+ac_status ac_denoise(const ac_denoise_args *args, float *latents);
+
+#endif
