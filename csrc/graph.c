@@ -1,6 +1,7 @@
 /* graph: storage of values and nodes, scopes, the sort that passes rely on, verify and dump. */
 #include "graph.h"
 
+#include <assert.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -89,23 +90,27 @@ ac_push(ac_graph *g, const char *format, ...)
     va_start(args, format);
     int length = vsnprintf(g->scope + used, room, format, args);
     va_end(args);
-    if (length < 0 || (size_t)length + 2 > room) {
+    if (length < 0 || (size_t)length + 2 > room || g->depth >= (int32_t)AC_ARRAY_LEN(g->scope_at)) {
         g->scope[used] = '\0';
-        ac_graph_fail(g, AC_E_INTERNAL, "scope: found a name longer than %zu bytes",
-                      sizeof g->scope);
-        return;
+        ac_graph_fail(g, AC_E_INTERNAL, "scope: found a name longer than %zu bytes or %zu levels",
+                      sizeof g->scope, AC_ARRAY_LEN(g->scope_at));
+    } else {
+        memcpy(g->scope + used + length, ".", 2);
     }
-    memcpy(g->scope + used + length, ".", 2);
+    if (g->depth < (int32_t)AC_ARRAY_LEN(g->scope_at)) {
+        g->scope_at[g->depth] = (int16_t)used;
+    }
+    g->depth++;
 }
 
 void
 ac_pop(ac_graph *g)
 {
-    size_t used = strlen(g->scope);
-    while (used > 1 && g->scope[used - 2] != '.') {
-        used--;
+    assert(g->depth > 0);
+    g->depth--;
+    if (g->depth < (int32_t)AC_ARRAY_LEN(g->scope_at)) {
+        g->scope[g->scope_at[g->depth]] = '\0';
     }
-    g->scope[used ? used - 1 : 0] = '\0';
 }
 
 void

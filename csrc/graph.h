@@ -55,6 +55,8 @@ struct ac_graph {
     ac_status status; /* sticky; 0 while all is well */
     char *message;    /* of the first error, in the arena */
     char scope[512];  /* prefix of names, "down_blocks.0." */
+    int16_t scope_at[32]; /* bytes of scope before each ac_push; a pushed name may hold dots */
+    int32_t depth;        /* of scope_at */
     const char *next_name; /* from ac_name; borrowed until the next node */
 };
 
