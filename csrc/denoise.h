@@ -17,6 +17,11 @@
  * the run fails with the message set. */
 typedef ac_status (*ac_step_fn)(void *arg, int32_t index, double timestep, float *latents);
 
+typedef struct ac_condition {
+    const char *name; /* of a UNet input */
+    ac_tensor tensor; /* host memory */
+} ac_condition;
+
 typedef struct ac_denoise_args {
     ac_model *unet;
     const ac_schedule *schedule;
@@ -25,7 +30,7 @@ typedef struct ac_denoise_args {
     int64_t height, width;  /* of the latents */
     int64_t channels;       /* of the latents */
     /* Conditions for the UNet by input name, batch n, or 2n with guidance: negative ones first. */
-    const struct { const char *name; ac_tensor tensor; } *condition;
+    const ac_condition *condition;
     int32_t n_conditions;
     int64_t tokens;
     double guidance_scale;  /* <= 1: no guidance, batch n */
