@@ -31,6 +31,8 @@ typedef struct ac_build_args {
     int64_t height, width; /* of the sample input: latent pixels; VAE encode: image pixels */
     int64_t tokens;        /* text length; UNet: of encoder_hidden_states */
     int64_t timesteps;     /* UNet: rows of `timestep`; with `loop` one a step, else 1 or batch */
+    int64_t time_ids;      /* UNet, "text_time": columns of `time_ids`; the config does not say.
+                            * 0: 6 (SDXL), or 5 where that leaves 1280 for text_embeds (refiner) */
     bool loop;             /* UNet: our loop calls: `timestep` [timesteps] is per schedule and the
                             * step is chosen by input `step` [1] i32; outputs stay f32 */
     bool masked;           /* CLIP: input `attention_mask`; UNet: `encoder_attention_mask` */
@@ -52,8 +54,9 @@ typedef struct ac_model_class {
     void (*smallest)(const void *config, const char *entry, ac_build_args *args);
     /* Builds graph inputs, nodes and outputs.  Checks the args; errors are sticky in g. */
     void (*build)(const void *config, const ac_build_args *args, ac_graph *g);
-    /* Old published names to today's, and prefixes (NULL: nothing to do). */
-    void (*rename)(const void *config, ac_weights *weights);
+    /* The name the model uses for a weight found under another one (old published names, prefixes
+     * that come and go): true and the name in `out`, or false (as it is).  NULL: never. */
+    bool (*weight_name)(const char *found, char *out, size_t size);
     /* True for names found in files that the model does not use ("...position_ids"). */
     bool (*ignores)(const void *config, const char *weight);
 } ac_model_class;
@@ -62,8 +65,16 @@ typedef struct ac_model_class {
 extern const ac_model_class *const ac_model_classes[];
 ac_status ac_model_class_find(const ac_json *config, const ac_model_class **out);
 
+/* Longest name of a weight, with its NUL. */
+#define AC_WEIGHT_NAME 512
+
+/* Puts into `out` the name under which the model asks for the weight that files or modules call
+ * `found`.  What re-binds weights later asks here first. */
+void ac_model_weight_name(const ac_model_class *cls, const char *found, char out[AC_WEIGHT_NAME]);
+
 /* Every weight the class needs against what `weights` has: unknown, missing and wrongly shaped
- * ones, all listed in one message.  Applies rename() first. */
+ * ones, all listed in one message.  Renames by weight_name first.  A linear layer's [n, k] and a
+ * 1x1 convolution's [n, k, 1, 1] are the same bytes and both accepted. */
 ac_status ac_model_check_weights(const ac_model_class *cls, const void *config,
                                  ac_weights *weights);
 
