@@ -53,17 +53,35 @@ typedef struct ac_backend {
     bool float_weights; /* kernels take f32 weights only: others get a derived f32 copy */
 } ac_backend;
 
+/* A backend's lane with the arena that all plans running on it share.  One run at a time. */
+typedef struct ac_device_lane {
+    ac_lane *lane;
+    void *arena;        /* device memory, as large as the largest plan that ran here needs */
+    size_t arena_bytes;
+    bool busy;
+    struct ac_device_lane *next;
+} ac_device_lane;
+
 typedef struct ac_device {
     const ac_backend *backend;
     void *self;
     ac_caps caps;
     int32_t index, references;
+    ac_device_lane *lanes; /* as many as there were runs at once */
 } ac_device;
 
 /* "cpu", "null", "cuda", "cuda:1".  Refcounted; the same name gives the same device. */
 ac_status ac_device_open(const char *name, ac_device **out);
 ac_device *ac_device_ref(ac_device *device);
 void ac_device_unref(ac_device *device);
+
+/* A free lane for the caller alone, the preferred one if it is free (NULL: any); a new one when
+ * all are busy.  Give it back when the run is over. */
+ac_status ac_device_lane_take(ac_device *device, ac_device_lane *preferred, ac_device_lane **out);
+void ac_device_lane_give(ac_device *device, ac_device_lane *lane);
+/* Makes the lane's arena and its threads' scratch at least this large.  Not on the run path. */
+ac_status ac_device_lane_reserve(ac_device *device, ac_device_lane *lane, size_t arena,
+                                 size_t worker_scratch);
 
 /* The backends that are linked in. */
 extern const ac_backend ac_backend_cpu, ac_backend_null;

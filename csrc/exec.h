@@ -15,9 +15,10 @@ typedef struct ac_exec ac_exec;
 ac_status ac_exec_new(const ac_plan *plan, ac_weights *weights, ac_exec **out);
 void ac_exec_free(ac_exec *exec);
 
-/* Graph input or output `name` is this tensor in the coming runs.  Shape and dtype must be the
- * plan's; an input may have any strides, an output must be contiguous. */
+/* Graph input (output) `name` is this tensor in the coming runs.  Shape and dtype must be the
+ * plan's; an input that only layout kernels read may have any strides, all else is contiguous. */
 ac_status ac_exec_bind(ac_exec *exec, const char *name, const ac_tensor *tensor);
+ac_status ac_exec_bind_output(ac_exec *exec, const char *name, const ac_tensor *tensor);
 
 /* Runs the sections from `from` to STEP.  Sections below are taken from an earlier run of this
  * exec; when there was none, or weights changed since, it starts at PROMPT by itself.  Derived

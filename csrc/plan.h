@@ -58,6 +58,7 @@ typedef struct ac_plan {
     ac_device *device;   /* referenced */
     ac_step *steps;      /* LOAD rate first, then prompt, schedule, step */
     int32_t n_steps;
+    int32_t *step_of;    /* graph node -> step, AC_NONE for views */
     int32_t first[AC_RATE_COUNT + 1]; /* steps of rate r are first[r] .. first[r+1]-1 */
     ac_plan_derived *derived;
     int32_t n_derived;

@@ -33,26 +33,33 @@ typedef struct ac_sched_row {
     double x_next[AC_BASIS_COUNT];
     int32_t n_stores;
     struct { int32_t to; double c[AC_BASIS_COUNT]; } store[AC_SCHED_STORES];
-    bool draws_noise;      /* the generator advances at this row, as diffusers' does */
-    bool counts;           /* progress: false for the inner evaluations of higher-order samplers */
+    double start_x, start_noise; /* img2img begins here with start_x * x0 + start_noise * noise */
+    bool draws_noise;      /* the generator advances at this row, as diffusers' does, even where
+                              the noise's coefficient is 0 */
+    bool counts;           /* progress: false for the extra evaluations of higher-order samplers */
 } ac_sched_row;
 
 typedef struct ac_schedule {
-    int32_t n_rows;        /* UNet calls, len(scheduler.timesteps) */
+    int32_t n_rows;        /* UNet calls, len(scheduler.timesteps) less options.begin */
     ac_sched_row *rows;
     double init_noise_sigma;
-    double *alphas_cumprod; /* [n_train], for add_noise of img2img */
+    bool noise_f32;        /* noise is drawn in f32 whatever the latents' dtype (DPM-Solver) */
+    double *alphas_cumprod; /* [n_train] */
     int32_t n_train;
     ac_arena arena;        /* owns all of it */
 } ac_schedule;
 
 typedef struct ac_sched_options {
     int32_t num_inference_steps; /* 1 .. num_train_timesteps (diffusers' own limits apply) */
-    double eta;                  /* DDIM and friends; pipe(eta=) */
+    double eta;                  /* DDIM and friends; pipe(eta=); others ignore it as diffusers does */
+    int32_t begin;               /* img2img: rows of scheduler.timesteps[begin:], multistep samplers
+                                    start without history there; 0: all rows */
 } ac_sched_options;
 
 /* `config`: parsed scheduler_config.json with "_class_name".  An unknown class, an option or value
- * that is not supported, or a combination where diffusers gives NaN raises and names it. */
+ * that is not supported, or a combination where diffusers gives NaN or raises (the list is in
+ * scheduler.c) raises and names it.  Fields of other diffusers schedulers are ignored, as
+ * from_config does; fields of none raise; names that begin with "_" are ignored. */
 ac_status ac_schedule_new(const ac_json *config, const ac_sched_options *options,
                           ac_schedule **out);
 void ac_schedule_free(ac_schedule *schedule);
@@ -62,7 +69,8 @@ const char *const *ac_scheduler_names(void);
 
 /* x [n, count] -> x'; e [n, count] is already guided; noise NULL unless the row uses it;
  * registers: AC_SCHED_REGISTERS arrays of n*count f32.  `count` elements an image.  Plain C, f32
- * storage with double arithmetic; `work` holds count floats when the row thresholds. */
+ * storage with double arithmetic; `work` holds count floats when the row thresholds, else NULL.
+ * A basis tensor whose coefficients are all 0 is not read. */
 void ac_sched_apply(const ac_sched_row *row, int64_t n, int64_t count, float *x, const float *e,
                     const float *noise, float *const *registers, float *work);
 

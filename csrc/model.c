@@ -1,0 +1,540 @@
+/* model: one set of weights, plans by shape, execs by run.
+ *
+ *     config.json + weights -> [model] -> graph, passes, plan, exec, each when first needed
+ */
+#include "model.h"
+
+#include "passes/passes.h"
+
+#include <pthread.h>
+#include <string.h>
+#include <time.h>
+
+/* Plans kept.  A UNet of SDXL costs about 2 MB a plan on the host, and what its execs keep. */
+#define MAX_PLANS 8
+#define MAX_IDLE_EXECS 4 /* a plan; more exist only while that many runs overlap */
+
+typedef struct pooled_exec {
+    ac_exec *exec;
+    bool busy;
+} pooled_exec;
+
+typedef struct cached_plan {
+    ac_build_args args;   /* entry points into the class's table */
+    ac_plan *plan;
+    pooled_exec *execs;
+    int32_t n_execs, cap_execs;
+    uint64_t used;        /* clock of the last take */
+    bool stale;           /* dropped while runs were on it: goes with the last of them */
+} cached_plan;
+
+struct ac_model {
+    pthread_mutex_t lock;
+    int32_t references;
+    const ac_model_class *cls;
+    void *config;
+    ac_weights *weights;      /* NULL: none, plans only */
+    ac_device *device;
+    uint32_t passes_off;
+    cached_plan **plans;
+    int32_t n_plans, cap_plans;
+    uint64_t clock;
+    uint64_t generation;      /* of the weights when `signature` was made */
+    uint64_t signature;       /* of their names, dtypes and shapes */
+    int64_t runs;
+    double plan_ms;
+};
+
+/* ---- life -------------------------------------------------------------------------------------- */
+
+static uint64_t
+signature_of(const ac_weights *weights)
+{
+    uint64_t hash = AC_HASH_SEED;
+    for (int32_t i = 0; weights && i < ac_weights_count(weights); i++) {
+        const char *name = ac_weights_name(weights, i);
+        const ac_tensor *t = ac_weights_find(weights, name);
+        hash = ac_hash(name, strlen(name), hash);
+        hash = ac_hash(&t->dtype, sizeof t->dtype, hash);
+        hash = ac_hash(t->shape.dim, sizeof t->shape.dim, hash);
+    }
+    return hash;
+}
+
+static ac_status
+init(ac_model *m, const ac_json *config, ac_weights *weights, const char *device,
+     const char *passes_off)
+{
+    AC_TRY(ac_model_class_find(config, &m->cls));
+    m->config = ac_calloc(1, m->cls->config_size);
+    if (!m->config) {
+        return ac_no_memory(m->cls->config_size);
+    }
+    AC_TRY(m->cls->parse(config, m->config));
+    AC_TRY(ac_passes_off_from_text(passes_off, &m->passes_off));
+    AC_TRY(ac_device_open(device, &m->device));
+    if (weights) {
+        m->weights = ac_weights_ref(weights);
+        AC_TRY(ac_model_check_weights(m->cls, m->config, weights));
+        m->generation = ac_weights_generation(weights);
+        m->signature = signature_of(weights);
+    }
+    return AC_OK;
+}
+
+ac_status
+ac_model_new(const ac_json *config, ac_weights *weights, const char *device,
+             const char *passes_off, ac_model **out)
+{
+    ac_model *m = ac_calloc(1, sizeof *m);
+    if (!m) {
+        return ac_no_memory(sizeof *m);
+    }
+    m->references = 1;
+    pthread_mutex_init(&m->lock, NULL);
+    ac_status status = init(m, config, weights, device, passes_off);
+    if (status < 0) {
+        ac_model_unref(m);
+        return status;
+    }
+    if (weights) {
+        ac_weights_set_release(weights, m->device->backend->free, m->device->self);
+    }
+    *out = m;
+    return AC_OK;
+}
+
+ac_model *
+ac_model_ref(ac_model *m)
+{
+    pthread_mutex_lock(&m->lock);
+    m->references++;
+    pthread_mutex_unlock(&m->lock);
+    return m;
+}
+
+static void
+free_plan(cached_plan *p)
+{
+    for (int32_t i = 0; i < p->n_execs; i++) {
+        ac_exec_free(p->execs[i].exec);
+    }
+    ac_free(p->execs);
+    ac_plan_free(p->plan);
+    ac_free(p);
+}
+
+void
+ac_model_unref(ac_model *m)
+{
+    if (!m) {
+        return;
+    }
+    pthread_mutex_lock(&m->lock);
+    bool last = --m->references == 0;
+    pthread_mutex_unlock(&m->lock);
+    if (!last) {
+        return;
+    }
+    for (int32_t i = 0; i < m->n_plans; i++) {
+        free_plan(m->plans[i]);
+    }
+    ac_free(m->plans);
+    if (m->weights) {
+        ac_weights_drop_derived(m->weights); /* they are the device's memory */
+        ac_weights_unref(m->weights);
+    }
+    ac_device_unref(m->device);
+    pthread_mutex_destroy(&m->lock);
+    ac_free(m->config);
+    ac_free(m);
+}
+
+const char *
+ac_model_class_name(const ac_model *m)
+{
+    return m->cls->name;
+}
+
+ac_device *
+ac_model_device(ac_model *m)
+{
+    return m->device;
+}
+
+/* ---- plans ------------------------------------------------------------------------------------- */
+
+static double
+now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
+}
+
+/* The entry as the class's own string, so that args can be compared and kept. */
+static ac_status
+own_args(const ac_model *m, const ac_build_args *args, ac_build_args *out)
+{
+    *out = *args;
+    const char *const *entry = m->cls->entries;
+    while (*entry && (!args->entry || strcmp(*entry, args->entry) != 0)) {
+        entry++;
+    }
+    if (!*entry) {
+        return ac_error(AC_E_INVALID, "entry: found \"%.64s\", expected \"%s\" or another entry of "
+                                      "%s", args->entry ? args->entry : "", m->cls->entries[0],
+                        m->cls->name);
+    }
+    out->entry = *entry;
+    return AC_OK;
+}
+
+static bool
+same_args(const ac_build_args *a, const ac_build_args *b)
+{
+    return a->entry == b->entry && a->batch == b->batch && a->height == b->height &&
+           a->width == b->width && a->tokens == b->tokens && a->timesteps == b->timesteps &&
+           a->time_ids == b->time_ids && a->loop == b->loop && a->masked == b->masked &&
+           a->hidden_states == b->hidden_states && a->clip_skip == b->clip_skip &&
+           a->io_dtype == b->io_dtype && a->compute == b->compute;
+}
+
+/* What the weights really are, before passes look: kernels and casts depend on it. */
+static void
+set_weight_dtypes(const ac_model *m, ac_graph *g)
+{
+    for (ac_val v = 0; v < g->n_values && m->weights; v++) {
+        if (g->values[v].kind == AC_VALUE_WEIGHT) {
+            const ac_tensor *t = ac_weights_find(m->weights, g->values[v].name);
+            g->values[v].dtype = t ? t->dtype : g->values[v].dtype;
+        }
+    }
+}
+
+static ac_status
+build_graph(const ac_model *m, const ac_build_args *args, ac_text *dumps, ac_graph **out)
+{
+    ac_graph *g;
+    AC_TRY(ac_graph_new(args->compute, &g));
+    m->cls->build(m->config, args, g);
+    ac_status status = ac_graph_status(g);
+    if (status == AC_OK) {
+        set_weight_dtypes(m, g);
+        status = ac_passes_run(g, m->passes_off, dumps);
+    }
+    if (status == AC_OK && m->device->backend->float_weights) {
+        status = ac_cast_weights(g, args->compute);
+    }
+    if (status < 0) {
+        ac_graph_free(g);
+        return status;
+    }
+    *out = g;
+    return AC_OK;
+}
+
+static ac_status
+new_plan(ac_model *m, const ac_build_args *args, cached_plan **out)
+{
+    double start = now_ms();
+    cached_plan *p = ac_calloc(1, sizeof *p);
+    if (!p) {
+        return ac_no_memory(sizeof *p);
+    }
+    p->args = *args;
+    ac_graph *g;
+    ac_status status = build_graph(m, args, NULL, &g);
+    if (status == AC_OK) {
+        status = ac_plan_new(g, m->device, &p->plan);
+    }
+    if (status < 0) {
+        ac_free(p);
+        return status;
+    }
+    m->plan_ms = now_ms() - start;
+    ac_log(2, "%s %s: batch %lld, %lldx%lld: %d steps, arena %.1f MB, planned in %.1f ms",
+           m->cls->name, args->entry, (long long)args->batch, (long long)args->height,
+           (long long)args->width, p->plan->n_steps, (double)p->plan->arena_bytes / 1e6,
+           m->plan_ms);
+    *out = p;
+    return AC_OK;
+}
+
+static bool
+plan_busy(const cached_plan *p)
+{
+    for (int32_t i = 0; i < p->n_execs; i++) {
+        if (p->execs[i].busy) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void
+remove_plan(ac_model *m, int32_t at)
+{
+    free_plan(m->plans[at]);
+    m->plans[at] = m->plans[--m->n_plans];
+}
+
+static void
+drop_idle(ac_model *m)
+{
+    for (int32_t i = m->n_plans - 1; i >= 0; i--) {
+        m->plans[i]->stale = true;
+        if (!plan_busy(m->plans[i])) {
+            remove_plan(m, i);
+        }
+    }
+}
+
+/* Keeps the cache small: the least recently used plan that no run is on goes. */
+static void
+evict(ac_model *m)
+{
+    while (m->n_plans >= MAX_PLANS) {
+        int32_t oldest = -1;
+        for (int32_t i = 0; i < m->n_plans; i++) {
+            if (!plan_busy(m->plans[i]) &&
+                (oldest < 0 || m->plans[i]->used < m->plans[oldest]->used)) {
+                oldest = i;
+            }
+        }
+        if (oldest < 0) {
+            return;
+        }
+        remove_plan(m, oldest);
+    }
+}
+
+static ac_status
+keep_plan(ac_model *m, cached_plan *p)
+{
+    evict(m);
+    if (m->n_plans == m->cap_plans) {
+        int32_t capacity = AC_MAX(2 * m->cap_plans, MAX_PLANS);
+        cached_plan **grown = ac_realloc(m->plans, (size_t)capacity * sizeof *grown);
+        if (!grown) {
+            return ac_no_memory((size_t)capacity * sizeof *grown);
+        }
+        m->plans = grown;
+        m->cap_plans = capacity;
+    }
+    m->plans[m->n_plans++] = p;
+    return AC_OK;
+}
+
+/* Plans hold dtypes and shapes of weights, not addresses: they go only when those change. */
+static ac_status
+follow_weights(ac_model *m)
+{
+    if (!m->weights || ac_weights_generation(m->weights) == m->generation) {
+        return AC_OK;
+    }
+    uint64_t signature = signature_of(m->weights);
+    if (signature != m->signature) {
+        drop_idle(m);
+        AC_TRY(ac_model_check_weights(m->cls, m->config, m->weights));
+        signature = signature_of(m->weights);
+    }
+    m->generation = ac_weights_generation(m->weights);
+    m->signature = signature;
+    return AC_OK;
+}
+
+static ac_status
+find_plan(ac_model *m, const ac_build_args *args, cached_plan **out)
+{
+    ac_build_args own;
+    AC_TRY(own_args(m, args, &own));
+    AC_TRY(follow_weights(m));
+    for (int32_t i = 0; i < m->n_plans; i++) {
+        if (!m->plans[i]->stale && same_args(&m->plans[i]->args, &own)) {
+            *out = m->plans[i];
+            (*out)->used = ++m->clock;
+            return AC_OK;
+        }
+    }
+    cached_plan *p = NULL;
+    AC_TRY(new_plan(m, &own, &p));
+    ac_status status = keep_plan(m, p);
+    if (status < 0) {
+        free_plan(p);
+        return status;
+    }
+    p->used = ++m->clock;
+    *out = p;
+    return AC_OK;
+}
+
+/* ---- execs ------------------------------------------------------------------------------------- */
+
+static ac_status
+add_exec(ac_model *m, cached_plan *p, pooled_exec **out)
+{
+    if (p->n_execs == p->cap_execs) {
+        int32_t capacity = AC_MAX(2 * p->cap_execs, 2);
+        pooled_exec *grown = ac_realloc(p->execs, (size_t)capacity * sizeof *grown);
+        if (!grown) {
+            return ac_no_memory((size_t)capacity * sizeof *grown);
+        }
+        p->execs = grown;
+        p->cap_execs = capacity;
+    }
+    pooled_exec *slot = &p->execs[p->n_execs];
+    *slot = (pooled_exec){0};
+    AC_TRY(ac_exec_new(p->plan, m->weights, &slot->exec));
+    p->n_execs++;
+    *out = slot;
+    return AC_OK;
+}
+
+static ac_status
+take_locked(ac_model *m, const ac_build_args *args, uint64_t prompt, ac_exec **out)
+{
+    cached_plan *p;
+    AC_TRY(find_plan(m, args, &p));
+    pooled_exec *found = NULL;
+    for (int32_t i = 0; i < p->n_execs; i++) {
+        pooled_exec *e = &p->execs[i];
+        bool same = prompt && ac_exec_prompt(e->exec) == prompt;
+        if (!e->busy && (!found || same)) {
+            found = e;
+        }
+    }
+    if (!found) {
+        AC_TRY(add_exec(m, p, &found));
+    }
+    found->busy = true;
+    *out = found->exec;
+    return AC_OK;
+}
+
+ac_status
+ac_model_take(ac_model *m, const ac_build_args *args, uint64_t prompt, ac_exec **out)
+{
+    if (!m->weights) {
+        return ac_error(AC_E_INVALID, "%s: this model has no weights, it can be planned and "
+                                      "explained but not run", m->cls->name);
+    }
+    pthread_mutex_lock(&m->lock);
+    ac_status status = take_locked(m, args, prompt, out);
+    pthread_mutex_unlock(&m->lock);
+    return status;
+}
+
+static bool
+give_to(cached_plan *p, ac_exec *exec)
+{
+    for (int32_t i = 0; i < p->n_execs; i++) {
+        if (p->execs[i].exec != exec) {
+            continue;
+        }
+        p->execs[i].busy = false;
+        if (p->n_execs > MAX_IDLE_EXECS) {
+            ac_exec_free(exec);
+            p->execs[i] = p->execs[--p->n_execs];
+        }
+        return true;
+    }
+    return false;
+}
+
+void
+ac_model_give(ac_model *m, ac_exec *exec)
+{
+    pthread_mutex_lock(&m->lock);
+    m->runs++;
+    for (int32_t i = 0; i < m->n_plans; i++) {
+        if (give_to(m->plans[i], exec)) {
+            if (m->plans[i]->stale && !plan_busy(m->plans[i])) {
+                remove_plan(m, i);
+            }
+            break;
+        }
+    }
+    pthread_mutex_unlock(&m->lock);
+}
+
+void
+ac_model_drop_plans(ac_model *m)
+{
+    pthread_mutex_lock(&m->lock);
+    drop_idle(m);
+    pthread_mutex_unlock(&m->lock);
+}
+
+/* ---- looking in -------------------------------------------------------------------------------- */
+
+static ac_status
+list_io(const ac_graph *g, ac_io **out, int32_t *count)
+{
+    ac_io *io = ac_malloc((size_t)AC_MAX(g->n_values, 1) * sizeof *io);
+    if (!io) {
+        return ac_no_memory((size_t)g->n_values * sizeof *io);
+    }
+    int32_t n = 0;
+    for (ac_val v = 0; v < g->n_values; v++) {
+        const ac_value *value = &g->values[v];
+        if (value->kind == AC_VALUE_INPUT || value->output) {
+            io[n++] = (ac_io){.name = value->output ? value->output : value->name,
+                              .dtype = value->dtype, .shape = value->shape,
+                              .output = value->output != NULL};
+        }
+    }
+    *out = io;
+    *count = n;
+    return AC_OK;
+}
+
+ac_status
+ac_model_io(ac_model *m, const ac_build_args *args, ac_io **out, int32_t *count)
+{
+    pthread_mutex_lock(&m->lock);
+    cached_plan *p;
+    ac_status status = find_plan(m, args, &p);
+    if (status == AC_OK) {
+        status = list_io(p->plan->graph, out, count);
+    }
+    pthread_mutex_unlock(&m->lock);
+    return status;
+}
+
+ac_status
+ac_model_explain(ac_model *m, const ac_build_args *args, bool json, bool dumps, ac_text *text)
+{
+    pthread_mutex_lock(&m->lock);
+    cached_plan *p;
+    ac_status status = find_plan(m, args, &p);
+    if (status == AC_OK && dumps) {
+        ac_graph *g;
+        status = build_graph(m, &p->args, text, &g);
+        if (status == AC_OK) {
+            ac_graph_free(g);
+        }
+    }
+    if (status == AC_OK) {
+        ac_plan_explain(p->plan, json, text);
+    }
+    pthread_mutex_unlock(&m->lock);
+    return status;
+}
+
+void
+ac_model_get_stats(ac_model *m, ac_model_stats *out)
+{
+    pthread_mutex_lock(&m->lock);
+    *out = (ac_model_stats){.runs = m->runs, .plans = m->n_plans, .plan_ms = m->plan_ms};
+    for (int32_t i = 0; i < m->n_plans; i++) {
+        const cached_plan *p = m->plans[i];
+        out->execs += p->n_execs;
+        out->keep_bytes += p->plan->keep_bytes * (size_t)p->n_execs;
+        if (p->plan->arena_bytes >= out->arena_bytes) {
+            out->arena_bytes = p->plan->arena_bytes;
+            out->bound_bytes = p->plan->bound_bytes;
+        }
+    }
+    pthread_mutex_unlock(&m->lock);
+}
