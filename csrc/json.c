@@ -12,6 +12,7 @@
 
 #include <locale.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -60,18 +61,16 @@ error_at(const parser *p, size_t at, const char *problem)
 static ac_status
 expected(const parser *p, const char *wanted)
 {
-    ac_text text = {0};
+    char problem[160];
+    unsigned char c = p->at < p->size ? (unsigned char)p->text[p->at] : 0;
     if (p->at >= p->size) {
-        ac_text_printf(&text, "found the end of the text, expected %s", wanted);
+        snprintf(problem, sizeof problem, "found the end of the text, expected %s", wanted);
+    } else if (c > 0x20 && c < 0x7f) {
+        snprintf(problem, sizeof problem, "found '%c', expected %s", c, wanted);
     } else {
-        unsigned char c = (unsigned char)p->text[p->at];
-        ac_text_printf(&text, c > 0x20 && c < 0x7f ? "found '%c', expected %s"
-                                                   : "found byte 0x%02x, expected %s", c, wanted);
+        snprintf(problem, sizeof problem, "found byte 0x%02x, expected %s", c, wanted);
     }
-    char *problem = ac_text_take(&text);
-    ac_status status = error_at(p, p->at, problem ? problem : wanted);
-    ac_free(problem);
-    return status;
+    return error_at(p, p->at, problem);
 }
 
 /* ---- tokens --------------------------------------------------------------------------------- */
@@ -110,10 +109,11 @@ utf8_length(const parser *p, size_t at)
 {
     const unsigned char *s = (const unsigned char *)p->text + at;
     size_t left = p->size - at;
-    size_t length = s[0] < 0x80 ? 1 : s[0] < 0xc2 ? 0 : s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3
-                    : s[0] < 0xf5                                                     ? 4
-                                                                                      : 0;
-    if (length == 0 || length > left) {
+    if (s[0] < 0x80) {
+        return 1;
+    }
+    size_t length = s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : 4;
+    if (s[0] < 0xc2 || s[0] > 0xf4 || length > left) {
         return 0;
     }
     for (size_t i = 1; i < length; i++) {
@@ -231,7 +231,7 @@ take_string(parser *p, const char **out, size_t *length)
             return expected(p, "no control character in a string");
         }
         if (take(p, '\\')) {
-            uint32_t code;
+            uint32_t code = 0;
             AC_TRY(take_escape(p, &code));
             n += utf8_write(string + n, code);
             continue;
@@ -251,25 +251,325 @@ take_string(parser *p, const char **out, size_t *length)
 
 /* ---- numbers -------------------------------------------------------------------------------- */
 
-/* The digits of a number as mantissa * 10^exponent, to know exactly whether it is an integer. */
+/* The number's digits as mantissa * 10^(exponent + zeros), to know whether it is an integer. */
 typedef struct decimal {
     uint64_t mantissa;
-    int64_t exponent;
-    bool inexact; /* more digits than 64 bits hold */
+    int32_t exponent;
+    int32_t zeros; /* held back, so that 1e3, 1000 and 1.000 stay short */
+    bool too_long; /* more digits than 64 bits hold */
 } decimal;
 
-/* One run of digits; zeros are held back in the exponent, so that 1000 and 1.50 stay short. */
 static void
 take_digits(parser *p, decimal *d, bool fraction)
 {
     for (; next_is_digit(p); p->at++) {
-        uint64_t digit = (uint64_t)(p->text[p->at] - '0');
-        d->exponent += !fraction;
+        unsigned digit = (unsigned)(p->text[p->at] - '0');
+        d->exponent -= fraction;
+        d->zeros++;
         if (digit == 0) {
             continue;
         }
-        /* Make the last place of the mantissa this digit's place. */
-        int64_t shift = fraction ? d->exponent + 1 : d->exponent;
-        (void)shift;
+        for (; d->zeros > 0; d->zeros--) {
+            d->too_long |= __builtin_mul_overflow(d->mantissa, 10u, &d->mantissa);
+        }
+        d->too_long |= __builtin_add_overflow(d->mantissa, digit, &d->mantissa);
     }
+}
+
+/* The grammar of RFC 8259, section 6; leaves p->at behind the number. */
+static ac_status
+scan_number(parser *p, decimal *d, bool *negative)
+{
+    *negative = take(p, '-');
+    if (!next_is_digit(p)) {
+        return expected(p, "a digit");
+    }
+    if (take(p, '0')) {
+        if (next_is_digit(p)) {
+            return expected(p, "no digit after a leading zero");
+        }
+    } else {
+        take_digits(p, d, false);
+    }
+    if (take(p, '.')) {
+        if (!next_is_digit(p)) {
+            return expected(p, "a digit after the decimal point");
+        }
+        take_digits(p, d, true);
+    }
+    if (take(p, 'e') || take(p, 'E')) {
+        bool minus = take(p, '-');
+        if (!minus) {
+            take(p, '+');
+        }
+        if (!next_is_digit(p)) {
+            return expected(p, "a digit in the exponent");
+        }
+        int32_t exponent = 0;
+        for (; next_is_digit(p); p->at++) {
+            exponent = AC_MIN(exponent * 10 + (p->text[p->at] - '0'), 100000);
+        }
+        d->exponent += minus ? -exponent : exponent;
+    }
+    return AC_OK;
+}
+
+static bool
+decimal_integer(const decimal *d, bool negative, int64_t *out)
+{
+    uint64_t value = d->mantissa;
+    int32_t tens = value == 0 ? 0 : d->exponent + d->zeros;
+    if (d->too_long || tens < 0 || tens > 19) {
+        return false;
+    }
+    for (; tens > 0; tens--) {
+        if (__builtin_mul_overflow(value, 10u, &value)) {
+            return false;
+        }
+    }
+    if (value > (uint64_t)INT64_MAX + negative) {
+        return false;
+    }
+    *out = (int64_t)(negative ? 0 - value : value);
+    return true;
+}
+
+static ac_status
+take_number(parser *p, ac_json *out)
+{
+    size_t start = p->at;
+    decimal d = {0};
+    bool negative;
+    AC_TRY(scan_number(p, &d, &negative));
+    size_t length = p->at - start;
+    if (length > MAX_NUMBER) {
+        return error_at(p, start, "found a number of more than 128 characters");
+    }
+    char digits[MAX_NUMBER + 1];
+    memcpy(digits, p->text + start, length);
+    digits[length] = '\0';
+    out->kind = AC_JSON_NUMBER;
+    out->number = strtod_l(digits, NULL, p->c_locale);
+    if (isinf(out->number)) {
+        return error_at(p, start, "found a number too large for a double");
+    }
+    out->is_integer = decimal_integer(&d, negative, &out->integer);
+    return AC_OK;
+}
+
+/* ---- arrays and objects --------------------------------------------------------------------- */
+
+static ac_status
+push(parser *p, const child *c)
+{
+    if (p->n_stack == p->capacity) {
+        size_t capacity = p->capacity ? p->capacity * 2 : 64;
+        child *stack = ac_realloc(p->stack, capacity * sizeof *stack);
+        if (!stack) {
+            return ac_no_memory(capacity * sizeof *stack);
+        }
+        p->stack = stack;
+        p->capacity = capacity;
+    }
+    p->stack[p->n_stack++] = *c;
+    return AC_OK;
+}
+
+static int
+by_key(const void *a, const void *b)
+{
+    const child *const *x = a, *const *y = b;
+    int order = strcmp((*x)->key, (*y)->key);
+    return order ? order : (*x)->key_at < (*y)->key_at ? -1 : 1;
+}
+
+/* Sorts pointers to the children: no choice of keys makes this slow, as it could a hash table. */
+static ac_status
+refuse_duplicate_keys(const parser *p, const child *first, size_t count)
+{
+    if (count < 2) {
+        return AC_OK;
+    }
+    const child **sorted = ac_malloc(count * sizeof *sorted);
+    if (!sorted) {
+        return ac_no_memory(count * sizeof *sorted);
+    }
+    for (size_t i = 0; i < count; i++) {
+        sorted[i] = &first[i];
+    }
+    qsort(sorted, count, sizeof *sorted, by_key);
+    const child *again = NULL;
+    for (size_t i = 1; i < count && !again; i++) {
+        again = strcmp(sorted[i - 1]->key, sorted[i]->key) == 0 ? sorted[i] : NULL;
+    }
+    ac_free(sorted);
+    if (!again) {
+        return AC_OK;
+    }
+    char problem[256];
+    snprintf(problem, sizeof problem, "found the key \"%.160s\" a second time", again->key);
+    return error_at(p, again->key_at, problem);
+}
+
+/* Moves the children from `base` on into the arena. */
+static ac_status
+close_container(parser *p, size_t base, ac_json *out)
+{
+    size_t count = p->n_stack - base;
+    const child *first = p->stack + base;
+    out->length = count;
+    p->n_stack = base;
+    if (count == 0) {
+        return AC_OK;
+    }
+    ac_json *item = ac_arena_alloc(p->arena, count * sizeof *item);
+    if (!item) {
+        return ac_no_memory(count * sizeof *item);
+    }
+    for (size_t i = 0; i < count; i++) {
+        item[i] = first[i].value;
+    }
+    out->item = item;
+    if (out->kind == AC_JSON_ARRAY) {
+        return AC_OK;
+    }
+    AC_TRY(refuse_duplicate_keys(p, first, count));
+    const char **key = ac_arena_alloc(p->arena, count * sizeof *key);
+    if (!key) {
+        return ac_no_memory(count * sizeof *key);
+    }
+    for (size_t i = 0; i < count; i++) {
+        key[i] = first[i].key;
+    }
+    out->key = key;
+    return AC_OK;
+}
+
+static ac_status parse_value(parser *p, int depth, ac_json *out);
+
+static ac_status
+parse_container(parser *p, int depth, ac_json *out)
+{
+    size_t base = p->n_stack;
+    char end = out->kind == AC_JSON_ARRAY ? ']' : '}';
+    if (depth > MAX_DEPTH) {
+        return error_at(p, p->at, "found nesting deeper than 64");
+    }
+    p->at++; /* the bracket that chose the kind */
+    skip_space(p);
+    if (take(p, end)) {
+        return close_container(p, base, out);
+    }
+    for (;;) {
+        child c = {0};
+        skip_space(p);
+        if (out->kind == AC_JSON_OBJECT) {
+            size_t length;
+            c.key_at = p->at;
+            AC_TRY(take_string(p, &c.key, &length));
+            skip_space(p);
+            if (!take(p, ':')) {
+                return expected(p, "':'");
+            }
+            skip_space(p);
+        }
+        AC_TRY(parse_value(p, depth, &c.value));
+        AC_TRY(push(p, &c));
+        skip_space(p);
+        if (take(p, end)) {
+            return close_container(p, base, out);
+        }
+        if (!take(p, ',')) {
+            return expected(p, end == ']' ? "',' or ']'" : "',' or '}'");
+        }
+    }
+}
+
+static bool
+take_word(parser *p, const char *word)
+{
+    size_t length = strlen(word);
+    bool found = p->size - p->at >= length && memcmp(p->text + p->at, word, length) == 0;
+    p->at += found ? length : 0;
+    return found;
+}
+
+/* The value at p->at; `depth` counts the containers around it. */
+static ac_status
+parse_value(parser *p, int depth, ac_json *out)
+{
+    if (++p->n_values > MAX_VALUES) {
+        return error_at(p, p->at, "found more than 2097152 values");
+    }
+    if (next_is(p, '{') || next_is(p, '[')) {
+        out->kind = next_is(p, '{') ? AC_JSON_OBJECT : AC_JSON_ARRAY;
+        return parse_container(p, depth + 1, out);
+    }
+    if (next_is(p, '"')) {
+        out->kind = AC_JSON_STRING;
+        return take_string(p, &out->string, &out->length);
+    }
+    if (next_is(p, '-') || next_is_digit(p)) {
+        return take_number(p, out);
+    }
+    if (p->at < p->size && (take_word(p, "true") || take_word(p, "false"))) {
+        out->kind = AC_JSON_BOOL;
+        out->boolean = p->text[p->at - 2] == 'u'; /* "true" */
+        return AC_OK;
+    }
+    if (p->at < p->size && take_word(p, "null")) {
+        out->kind = AC_JSON_NULL;
+        return AC_OK;
+    }
+    return expected(p, "a value");
+}
+
+static ac_status
+parse_text(parser *p, const ac_json **out)
+{
+    ac_json *root = ac_arena_alloc(p->arena, sizeof *root);
+    if (!root) {
+        return ac_no_memory(sizeof *root);
+    }
+    skip_space(p);
+    AC_TRY(parse_value(p, 0, root));
+    skip_space(p);
+    if (p->at < p->size) {
+        return expected(p, "the end of the text");
+    }
+    *out = root;
+    return AC_OK;
+}
+
+ac_status
+ac_json_parse(ac_arena *arena, const char *text, size_t size, const char *what,
+              const ac_json **out)
+{
+    if (size > MAX_BYTES) {
+        return ac_error(AC_E_FORMAT, "%s: found %zu bytes of JSON, expected at most %zu", what,
+                        size, MAX_BYTES);
+    }
+    parser p = {.arena = arena, .text = text, .what = what, .size = size};
+    p.c_locale = newlocale(LC_ALL_MASK, "C", (locale_t)0);
+    if (!p.c_locale) {
+        return ac_no_memory(sizeof(locale_t));
+    }
+    ac_status status = parse_text(&p, out);
+    freelocale(p.c_locale);
+    ac_free(p.stack);
+    return status;
+}
+
+const ac_json *
+ac_json_get(const ac_json *object, const char *key)
+{
+    if (!object || object->kind != AC_JSON_OBJECT) {
+        return NULL;
+    }
+    for (size_t i = 0; i < object->length; i++) {
+        if (strcmp(object->key[i], key) == 0) {
+            return &object->item[i];
+        }
+    }
+    return NULL;
 }
