@@ -11,7 +11,7 @@ CSRC    := $(wildcard csrc/*.c csrc/models/*.c csrc/passes/*.c csrc/schedulers/*
 OBJ     := $(CSRC:%.c=$(B)/%.o)
 CTESTS  := $(patsubst tests/c/%.c,$(B)/tests/%,$(wildcard tests/c/test_*.c))
 
-.PHONY: help lib check-c clean
+.PHONY: help lib check-c cuda test-gpu clean
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -31,6 +31,37 @@ $(B)/tests/%: tests/c/%.c $(B)/libaccel.a
 
 check-c: $(CTESTS) ## build and run the C tests
 	@for t in $(CTESTS); do echo "== $$t"; $$t || exit 1; done
+
+# ---- CUDA: the second library, built only where nvcc is -------------------------------------------
+
+NVCC             ?= nvcc
+# "75;80;86;89;90a;100;120" or "9.0a 12.0"; CI builds 90a alone.
+ACCEL_CUDA_ARCHS ?= 90a
+CUDA_SO          := python/accel/libaccel_cuda.so
+GENCODE          := $(foreach a,$(subst ;, ,$(subst .,,$(ACCEL_CUDA_ARCHS))),-gencode arch=compute_$(a),code=sm_$(a))
+CUDA_OBJ         := $(patsubst %.cu,$(B)/%.cu.o,$(wildcard kernels/cuda/*.cu)) \
+                    $(patsubst %.c,$(B)/cuda/%.o,$(wildcard kernels/cuda/*.c) csrc/tensor.c)
+CUDA_HOST_FLAGS  := -fPIC,-fvisibility=hidden
+
+$(B)/%.cu.o: %.cu $(wildcard kernels/cuda/*.cuh kernels/cuda/*.h csrc/*.h)
+	@mkdir -p $(@D)
+	$(NVCC) -std=c++20 -O3 $(GENCODE) -Xcompiler $(CUDA_HOST_FLAGS),-Wall -c $< -o $@
+
+$(B)/cuda/%.o: %.c $(wildcard kernels/cuda/*.h csrc/*.h)
+	@mkdir -p $(@D)
+	$(NVCC) -O2 -x c -Xcompiler -std=c11,-D_GNU_SOURCE,-Wall,-Wextra,$(CUDA_HOST_FLAGS) -c $< -o $@
+
+$(CUDA_SO): $(CUDA_OBJ)
+	$(NVCC) -shared -cudart static $(GENCODE) $^ -o $@
+
+cuda: ## the CUDA library, where nvcc is found
+	@if command -v $(NVCC) >/dev/null; then $(MAKE) --no-print-directory $(CUDA_SO); \
+	else echo "cuda: skipped, no nvcc was found"; fi
+
+test-gpu: ## the checks that need a GPU; installs nothing
+	$(MAKE) --no-print-directory cuda $(B)/tests/test_seam
+	$(B)/tests/test_seam | tee $(B)/test_seam.log
+	@grep -q "ran on cuda" $(B)/test_seam.log || { echo "test-gpu: nothing ran on a GPU"; exit 1; }
 
 clean: ## remove what was built
 	rm -rf build

@@ -154,39 +154,6 @@ ac_alloc_live(void)
     return atomic_load(&live_allocations);
 }
 
-bool
-ac_mul_size(size_t a, size_t b, size_t *out)
-{
-    size_t product;
-    if (__builtin_mul_overflow(a, b, &product)) {
-        return false;
-    }
-    *out = product;
-    return true;
-}
-
-bool
-ac_add_size(size_t a, size_t b, size_t *out)
-{
-    size_t sum;
-    if (__builtin_add_overflow(a, b, &sum)) {
-        return false;
-    }
-    *out = sum;
-    return true;
-}
-
-bool
-ac_mul_i64(int64_t a, int64_t b, int64_t *out)
-{
-    int64_t product;
-    if (__builtin_mul_overflow(a, b, &product)) {
-        return false;
-    }
-    *out = product;
-    return true;
-}
-
 /* ---- arena ---------------------------------------------------------------------------------- */
 
 #define ARENA_BLOCK_BYTES (64 * 1024)

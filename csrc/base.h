@@ -79,9 +79,38 @@ void ac_alloc_fail_at(int64_t nth);
 int64_t ac_alloc_live(void); /* allocations not yet freed, for leak tests */
 
 /* Checked arithmetic: false on overflow, *out untouched. */
-bool ac_mul_size(size_t a, size_t b, size_t *out);
-bool ac_add_size(size_t a, size_t b, size_t *out);
-bool ac_mul_i64(int64_t a, int64_t b, int64_t *out);
+static inline bool
+ac_mul_size(size_t a, size_t b, size_t *out)
+{
+    size_t product;
+    if (__builtin_mul_overflow(a, b, &product)) {
+        return false;
+    }
+    *out = product;
+    return true;
+}
+
+static inline bool
+ac_add_size(size_t a, size_t b, size_t *out)
+{
+    size_t sum;
+    if (__builtin_add_overflow(a, b, &sum)) {
+        return false;
+    }
+    *out = sum;
+    return true;
+}
+
+static inline bool
+ac_mul_i64(int64_t a, int64_t b, int64_t *out)
+{
+    int64_t product;
+    if (__builtin_mul_overflow(a, b, &product)) {
+        return false;
+    }
+    *out = product;
+    return true;
+}
 
 static inline size_t
 ac_align_up(size_t value, size_t alignment)
