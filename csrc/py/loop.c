@@ -1,0 +1,321 @@
+/* loop: denoise() and Cancel.
+ *
+ * The loop runs without the GIL in the calling thread.  After each row it takes the GIL back to let
+ * signals in (Ctrl-C) and to call the callback; an exception there ends the run and propagates.
+ */
+#include "../denoise.h"
+#include "args.h"
+
+
+/* ---- Cancel ------------------------------------------------------------------------------------ */
+
+typedef struct cancel_object {
+    PyObject_HEAD
+    _Atomic int flag;
+} cancel_object;
+
+static PyObject *
+cancel_cancel(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    atomic_store(&((cancel_object *)self)->flag, 1);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+cancel_cancelled(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(atomic_load(&((cancel_object *)self)->flag));
+}
+
+static void
+cancel_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef cancel_methods[] = {
+    {"cancel", cancel_cancel, METH_NOARGS,
+     PyDoc_STR("cancel()\n--\n\nEnds the run that holds this; from any thread.")},
+    {0},
+};
+
+static PyGetSetDef cancel_getters[] = {
+    {"cancelled", cancel_cancelled, NULL, PyDoc_STR("cancel() was called."), NULL},
+    {0},
+};
+
+static PyType_Slot cancel_slots[] = {
+    {Py_tp_doc, (void *)PyDoc_STR("Cancel()\n--\n\nA flag that ends a run before its next step.")},
+    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_dealloc, cancel_dealloc},
+    {Py_tp_methods, cancel_methods},
+    {Py_tp_getset, cancel_getters},
+    {0, NULL},
+};
+
+static PyType_Spec cancel_spec = {
+    .name = "accel._core.Cancel",
+    .basicsize = sizeof(cancel_object),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = cancel_slots,
+};
+
+/* ---- denoise ----------------------------------------------------------------------------------- */
+
+typedef struct run {
+    PyObject *module;
+    PyObject *callback;     /* borrowed, or NULL */
+    PyThreadState *thread;  /* saved while the loop runs */
+    ac_py_view latents;     /* [n, c, h, w] f32, the caller's */
+    ac_py_dict conditions;
+    ac_condition *condition;
+    ac_rng *rng;            /* copies: the objects get their states back afterwards */
+    PyObject *rngs;         /* tuple, owned */
+    ac_denoise_args args;
+} run;
+
+/* Runs with the GIL. */
+static ac_status
+call_back(run *r, int32_t index, double timestep)
+{
+    if (PyErr_CheckSignals() < 0) {
+        return ac_error(AC_E_CANCELLED, "interrupted");
+    }
+    if (!r->callback) {
+        return AC_OK;
+    }
+    PyObject *said = PyObject_CallFunction(r->callback, "id", (int)index, timestep);
+    int stop = said ? PyObject_IsTrue(said) : -1;
+    Py_XDECREF(said);
+    if (stop < 0) {
+        return ac_error(AC_E_CANCELLED, "the callback raised");
+    }
+    return stop ? 1 : AC_OK;
+}
+
+static ac_status
+on_step(void *arg, int32_t index, double timestep, float *latents)
+{
+    run *r = arg;
+    size_t bytes = ac_tensor_bytes(&r->latents.tensor);
+    bool copies = latents != r->latents.tensor.data;
+    if (copies) {
+        memcpy(r->latents.tensor.data, latents, bytes);
+    }
+    PyEval_RestoreThread(r->thread);
+    ac_status status = call_back(r, index, timestep);
+    r->thread = PyEval_SaveThread();
+    if (copies) {
+        memcpy(latents, r->latents.tensor.data, bytes);
+    }
+    return status;
+}
+
+static int
+take_latents(ac_py_state *state, PyObject *object, run *r)
+{
+    if (ac_py_view_import(state, object, "latents", &r->latents) < 0) {
+        return -1;
+    }
+    const ac_tensor *t = &r->latents.tensor;
+    if (t->dtype != AC_F32 || t->shape.rank != 4 || !ac_tensor_is_contiguous(t) ||
+        r->latents.readonly || ac_tensor_count(t) == 0) {
+        char shape[AC_SHAPE_TEXT];
+        ac_py_error(state, AC_E_SHAPE, "latents: found %s %s%s, expected a contiguous, writable "
+                                       "float32 [n, c, h, w]", ac_dtype_name(t->dtype),
+                    ac_shape_text(&t->shape, shape), r->latents.readonly ? ", read-only" : "");
+        return -1;
+    }
+    r->args.images = t->shape.dim[0];
+    r->args.channels = t->shape.dim[1];
+    r->args.height = t->shape.dim[2];
+    r->args.width = t->shape.dim[3];
+    return 0;
+}
+
+static int
+take_conditions(ac_py_state *state, PyObject *object, run *r)
+{
+    if (ac_py_dict_import(state, object, &r->conditions) < 0) {
+        return -1;
+    }
+    Py_ssize_t count = r->conditions.count;
+    r->condition = PyMem_Calloc((size_t)AC_MAX(count, 1), sizeof *r->condition);
+    if (!r->condition) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const ac_py_named *item = &r->conditions.item[i];
+        r->condition[i] = (ac_condition){.name = item->text, .tensor = item->view.tensor};
+        if (strcmp(item->text, "encoder_hidden_states") == 0) {
+            r->args.tokens = item->view.tensor.shape.dim[1];
+        }
+        if (item->view.tensor.shape.rank < 2) {
+            ac_py_error(state, AC_E_SHAPE, "%.64s: found %d dimensions, expected at least 2",
+                        item->text, (int)item->view.tensor.shape.rank);
+            return -1;
+        }
+    }
+    if (r->args.tokens < 1) {
+        ac_py_error(state, AC_E_INVALID, "conditions: expected \"encoder_hidden_states\" with at "
+                                         "least one token");
+        return -1;
+    }
+    r->args.condition = r->condition;
+    r->args.n_conditions = (int32_t)count;
+    return 0;
+}
+
+static int
+take_rngs(PyObject *module, PyObject *object, run *r)
+{
+    r->rngs = PySequence_Tuple(object);
+    if (!r->rngs) {
+        return -1;
+    }
+    Py_ssize_t count = PyTuple_Size(r->rngs);
+    r->rng = PyMem_Calloc((size_t)AC_MAX(count, 1), sizeof *r->rng);
+    if (!r->rng) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const ac_rng *rng = ac_py_rng_of(module, PyTuple_GetItem(r->rngs, i));
+        if (!rng) {
+            return -1;
+        }
+        r->rng[i] = *rng;
+    }
+    r->args.rng = r->rng;
+    r->args.n_rng = (int32_t)AC_MIN(count, INT32_MAX);
+    return 0;
+}
+
+static void
+give_rngs_back(run *r)
+{
+    for (Py_ssize_t i = 0; i < PyTuple_Size(r->rngs); i++) {
+        ac_rng *rng = ac_py_rng_of(r->module, PyTuple_GetItem(r->rngs, i));
+        if (rng) {
+            *rng = r->rng[i];
+        }
+    }
+}
+
+static int
+take_cancel(ac_py_state *state, PyObject *object, run *r)
+{
+    if (object == Py_None) {
+        return 0;
+    }
+    if (!Py_IS_TYPE(object, state->cancel)) {
+        PyErr_SetString(PyExc_TypeError, "cancel: expected a Cancel object");
+        return -1;
+    }
+    r->args.cancel = &((cancel_object *)object)->flag;
+    return 0;
+}
+
+static int
+take_callback(PyObject *object, run *r)
+{
+    if (object == Py_None) {
+        return 0;
+    }
+    if (!PyCallable_Check(object)) {
+        PyErr_SetString(PyExc_TypeError, "callback: expected a callable");
+        return -1;
+    }
+    r->callback = object;
+    return 0;
+}
+
+static void
+release(run *r)
+{
+    ac_py_view_release(&r->latents);
+    ac_py_dict_release(&r->conditions);
+    PyMem_Free(r->condition);
+    PyMem_Free(r->rng);
+    Py_XDECREF(r->rngs);
+}
+
+static ac_status
+start(run *r, PyObject *weights)
+{
+    r->args.callback = on_step;
+    r->args.callback_arg = r;
+    ac_py_weights_busy(weights, 1);
+    r->thread = PyEval_SaveThread();
+    ac_status status = ac_denoise(&r->args, r->latents.tensor.data);
+    PyEval_RestoreThread(r->thread);
+    ac_py_weights_busy(weights, -1);
+    return status;
+}
+
+static PyObject *
+py_denoise(PyObject *module, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"model", "schedule", "latents", "conditions", "rngs",
+                            "guidance_scale", "guidance_rescale", "callback", "cancel",
+                            "first_row", NULL};
+    PyObject *model, *schedule, *latents, *conditions, *rngs;
+    PyObject *callback = Py_None, *cancel = Py_None;
+    run r = {.module = module, .args.guidance_scale = 1.0};
+    int first_row = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOO|$ddOOi:denoise", names, &model,
+                                     &schedule, &latents, &conditions, &rngs,
+                                     &r.args.guidance_scale, &r.args.guidance_rescale, &callback,
+                                     &cancel, &first_row)) {
+        return NULL;
+    }
+    ac_py_state *state = PyModule_GetState(module);
+    if (!Py_IS_TYPE(model, state->model)) {
+        PyErr_SetString(PyExc_TypeError, "model: expected a Model object");
+        return NULL;
+    }
+    r.args.unet = ((ac_py_model *)model)->model;
+    r.args.first_row = first_row;
+    r.args.schedule = ac_py_schedule_of(module, schedule);
+    ac_status status = AC_OK;
+    bool ready = r.args.schedule && take_latents(state, latents, &r) == 0 &&
+                 take_conditions(state, conditions, &r) == 0 && take_rngs(module, rngs, &r) == 0 &&
+                 take_cancel(state, cancel, &r) == 0 && take_callback(callback, &r) == 0;
+    if (ready) {
+        status = start(&r, ((ac_py_model *)model)->weights);
+        give_rngs_back(&r);
+        if (status < 0) {
+            ac_py_raise(state, status);
+        }
+    }
+    release(&r);
+    if (!ready || status < 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"denoise", (PyCFunction)(void (*)(void))py_denoise, METH_VARARGS | METH_KEYWORDS,
+     PyDoc_STR("denoise(model, schedule, latents, conditions, rngs, *, guidance_scale=1.0, "
+               "guidance_rescale=0.0, callback=None, cancel=None, first_row=0)\n--\n\nRuns the "
+               "loop in place on latents.  callback(index, timestep) returns true to stop.")},
+    {0},
+};
+
+int
+ac_py_add_loop(PyObject *module)
+{
+    ac_py_state *state = PyModule_GetState(module);
+    state->cancel = (PyTypeObject *)PyType_FromModuleAndSpec(module, &cancel_spec, NULL);
+    if (!state->cancel ||
+        PyModule_AddObjectRef(module, "Cancel", (PyObject *)state->cancel) < 0) {
+        return -1;
+    }
+    return PyModule_AddFunctions(module, functions);
+}

@@ -1,0 +1,320 @@
+/* model: the Model object: a config and weights on a device, run one call at a time.
+ *
+ * Any number of threads may call one Model.  Between taking an exec and giving it back the GIL is
+ * released; everything the engine then reads is held by the views of the call.
+ */
+#include "args.h"
+
+
+static ac_model *
+of(PyObject *self)
+{
+    return ((ac_py_model *)self)->model;
+}
+
+static ac_status
+parse_and_make(const char *config, size_t size, ac_weights *weights, const char *device,
+               const char *passes_off, ac_model **out)
+{
+    ac_arena arena;
+    ac_arena_init(&arena);
+    const ac_json *json;
+    ac_status status = ac_json_parse(&arena, config, size, "config.json", &json);
+    if (status == AC_OK) {
+        status = ac_model_new(json, weights, device, passes_off, out);
+    }
+    ac_arena_deinit(&arena);
+    return status;
+}
+
+static PyObject *
+model_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"config", "weights", "device", "passes_off", NULL};
+    const char *config, *device = "cpu", *passes_off = "";
+    Py_ssize_t size;
+    PyObject *weights_object = Py_None;
+    ac_weights *weights = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "s#|Oss:Model", names, &config, &size,
+                                     &weights_object, &device, &passes_off)) {
+        return NULL;
+    }
+    ac_py_state *state = PyType_GetModuleState(type);
+    if (weights_object == Py_None) {
+        weights_object = NULL;
+    } else if (ac_py_weights_of(state, weights_object, &weights) < 0) {
+        return NULL;
+    }
+    ac_py_model *self = (ac_py_model *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+    if (!self) {
+        return NULL;
+    }
+    /* With the GIL: names of weights are changed here, and nobody may bind meanwhile. */
+    ac_status status = parse_and_make(config, (size_t)size, weights, device, passes_off,
+                                      &self->model);
+    if (status < 0) {
+        self->model = NULL;
+        Py_DECREF(self);
+        return ac_py_raise(state, status);
+    }
+    self->weights = Py_XNewRef(weights_object);
+    return (PyObject *)self;
+}
+
+static void
+model_dealloc(PyObject *object)
+{
+    ac_py_model *self = (ac_py_model *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    if (self->model) {
+        ac_model_unref(self->model);
+    }
+    Py_XDECREF(self->weights);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF(type);
+}
+
+/* ---- io ---------------------------------------------------------------------------------------- */
+
+static PyObject *
+describe(const ac_io *io)
+{
+    PyObject *shape = PyTuple_New(io->shape.rank);
+    for (int32_t i = 0; shape && i < io->shape.rank; i++) {
+        PyObject *dim = PyLong_FromLongLong(io->shape.dim[i]);
+        if (!dim || PyTuple_SetItem(shape, i, dim) < 0) {
+            Py_DECREF(shape);
+            return NULL;
+        }
+    }
+    if (!shape) {
+        return NULL;
+    }
+    return Py_BuildValue("(sNsN)", io->name, shape, ac_dtype_name(io->dtype),
+                         PyBool_FromLong(io->output));
+}
+
+static PyObject *
+model_io(PyObject *self, PyObject *arg)
+{
+    ac_py_state *state = ac_py_state_of(self);
+    ac_build_args args;
+    if (ac_py_build_args(state, arg, &args) < 0) {
+        return NULL;
+    }
+    ac_io *io = NULL;
+    int32_t count = 0;
+    ac_status status = ac_model_io(of(self), &args, &io, &count);
+    if (status < 0) {
+        return ac_py_raise(state, status);
+    }
+    PyObject *list = PyList_New(0);
+    for (int32_t i = 0; list && i < count; i++) {
+        PyObject *entry = describe(&io[i]);
+        if (!entry || PyList_Append(list, entry) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(entry);
+    }
+    ac_free(io);
+    return list;
+}
+
+/* ---- run --------------------------------------------------------------------------------------- */
+
+typedef struct call {
+    ac_model *model;
+    ac_build_args args;
+    ac_py_dict inputs, outputs;
+    unsigned long long prompt; /* token, 0: none */
+} call;
+
+static ac_status
+bind_all(const call *c, ac_exec *exec)
+{
+    for (Py_ssize_t i = 0; i < c->inputs.count; i++) {
+        AC_TRY(ac_exec_bind(exec, c->inputs.item[i].text, &c->inputs.item[i].view.tensor));
+    }
+    for (Py_ssize_t i = 0; i < c->outputs.count; i++) {
+        AC_TRY(ac_exec_bind_output(exec, c->outputs.item[i].text,
+                                   &c->outputs.item[i].view.tensor));
+    }
+    return AC_OK;
+}
+
+static ac_status
+run(const call *c)
+{
+    ac_exec *exec;
+    AC_TRY(ac_model_take(c->model, &c->args, c->prompt, &exec));
+    ac_status status = bind_all(c, exec);
+    if (status == AC_OK) {
+        bool cached = c->prompt && ac_exec_prompt(exec) == c->prompt;
+        ac_exec_set_prompt(exec, 0);
+        status = ac_exec_run(exec, cached ? AC_RATE_SCHEDULE : AC_RATE_PROMPT);
+    }
+    if (status == AC_OK) {
+        ac_exec_set_prompt(exec, c->prompt);
+    }
+    ac_model_give(c->model, exec);
+    return status;
+}
+
+static int
+check_outputs(ac_py_state *state, const ac_py_dict *outputs)
+{
+    for (Py_ssize_t i = 0; i < outputs->count; i++) {
+        if (outputs->item[i].view.readonly) {
+            ac_py_error(state, AC_E_INVALID, "%s: found a read-only array for a result",
+                        outputs->item[i].text);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static PyObject *
+model_run(PyObject *self, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"args", "inputs", "outputs", "prompt_token", NULL};
+    PyObject *build, *inputs, *outputs;
+    call c = {.model = of(self)};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO|K:run", names, &build, &inputs, &outputs,
+                                     &c.prompt)) {
+        return NULL;
+    }
+    ac_py_state *state = ac_py_state_of(self);
+    ac_status status = AC_OK;
+    bool ready = ac_py_build_args(state, build, &c.args) == 0 &&
+                 ac_py_dict_import(state, inputs, &c.inputs) == 0 &&
+                 ac_py_dict_import(state, outputs, &c.outputs) == 0 &&
+                 check_outputs(state, &c.outputs) == 0;
+    if (ready) {
+        PyObject *weights = ((ac_py_model *)self)->weights;
+        ac_py_weights_busy(weights, 1);
+        Py_BEGIN_ALLOW_THREADS
+        status = run(&c);
+        Py_END_ALLOW_THREADS
+        ac_py_weights_busy(weights, -1);
+        if (status < 0) {
+            ac_py_raise(state, status);
+        }
+    }
+    ac_py_dict_release(&c.inputs);
+    ac_py_dict_release(&c.outputs);
+    if (!ready || status < 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+/* ---- looking in -------------------------------------------------------------------------------- */
+
+static PyObject *
+model_explain(PyObject *self, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"args", "json", "passes", NULL};
+    PyObject *build;
+    int json = 0, passes = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|pp:explain", names, &build, &json,
+                                     &passes)) {
+        return NULL;
+    }
+    ac_py_state *state = ac_py_state_of(self);
+    ac_build_args build_args;
+    if (ac_py_build_args(state, build, &build_args) < 0) {
+        return NULL;
+    }
+    ac_text text = {0};
+    ac_status status = ac_model_explain(of(self), &build_args, json, passes, &text);
+    if (status < 0) {
+        ac_text_free(&text);
+        return ac_py_raise(state, status);
+    }
+    size_t length = text.length;
+    char *taken = ac_text_take(&text);
+    if (!taken) {
+        return ac_py_raise(state, ac_no_memory(length));
+    }
+    PyObject *result = PyUnicode_DecodeUTF8(taken, (Py_ssize_t)strlen(taken), "replace");
+    ac_free(taken);
+    return result;
+}
+
+static PyObject *
+model_stats(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    ac_model_stats s;
+    ac_model_get_stats(of(self), &s);
+    return Py_BuildValue("{sLsisisnsnsnsd}", "runs", (long long)s.runs, "plans", (int)s.plans,
+                         "execs", (int)s.execs, "arena_bytes", (Py_ssize_t)s.arena_bytes,
+                         "bound_bytes", (Py_ssize_t)s.bound_bytes, "keep_bytes",
+                         (Py_ssize_t)s.keep_bytes, "plan_ms", s.plan_ms);
+}
+
+static PyObject *
+model_drop_plans(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    ac_model_drop_plans(of(self));
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+model_class_name(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyUnicode_FromString(ac_model_class_name(of(self)));
+}
+
+static PyMethodDef methods[] = {
+    {"io", model_io, METH_O,
+     PyDoc_STR("io(args)\n--\n\nInputs and outputs for these args: (name, shape, dtype, "
+               "is_output).")},
+    {"run", (PyCFunction)(void (*)(void))model_run, METH_VARARGS | METH_KEYWORDS,
+     PyDoc_STR("run(args, inputs, outputs, prompt_token=0)\n--\n\nRuns once, in place into the "
+               "outputs.  An equal token not 0 says that the inputs of rate \"prompt\" and the "
+               "weights are those of the earlier run.")},
+    {"explain", (PyCFunction)(void (*)(void))model_explain, METH_VARARGS | METH_KEYWORDS,
+     PyDoc_STR("explain(args, json=False, passes=False)\n--\n\nThe plan as text or JSON.")},
+    {"stats", model_stats, METH_NOARGS,
+     PyDoc_STR("stats()\n--\n\nRuns, plans, execs and bytes.")},
+    {"drop_plans", model_drop_plans, METH_NOARGS,
+     PyDoc_STR("drop_plans()\n--\n\nFrees plans and what they hold.")},
+    {0},
+};
+
+static PyGetSetDef getters[] = {
+    {"class_name", model_class_name, NULL, PyDoc_STR("\"UNet2DConditionModel\"."), NULL},
+    {0},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, (void *)PyDoc_STR("Model(config, weights=None, device=\"cpu\", passes_off=\"\")\n"
+                                  "--\n\nA network by its config.json text.  Without weights it "
+                                  "can be explained but not run.")},
+    {Py_tp_new, model_new},
+    {Py_tp_dealloc, model_dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, getters},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "accel._core.Model",
+    .basicsize = sizeof(ac_py_model),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = slots,
+};
+
+int
+ac_py_add_model(PyObject *module)
+{
+    ac_py_state *state = PyModule_GetState(module);
+    state->model = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, NULL);
+    if (!state->model) {
+        return -1;
+    }
+    return PyModule_AddObjectRef(module, "Model", (PyObject *)state->model);
+}

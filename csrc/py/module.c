@@ -1,0 +1,214 @@
+/* module: accel._core, its state and the functions that belong to no type.
+ *
+ * Multi-phase init; all state is in ac_py_state.  The engine below has process-wide devices, so one
+ * interpreter only: a second one is refused by CPython itself (no Py_mod_multiple_interpreters).
+ */
+#include "py.h"
+
+#include "../../kernels/cpu/pool.h"
+#include "../backend_cuda.h"
+#include "../models/models.h"
+
+#ifndef ACCEL_VERSION
+#define ACCEL_VERSION "0"
+#endif
+
+static PyObject *
+py_set_num_threads(PyObject *module, PyObject *arg)
+{
+    ac_py_state *state = PyModule_GetState(module);
+    PyObject *index = PyNumber_Index(arg);
+    if (!index) {
+        PyErr_Clear();
+        return ac_py_error(state, AC_E_INVALID, "threads: expected an integer");
+    }
+    int overflow;
+    long long threads = PyLong_AsLongLongAndOverflow(index, &overflow);
+    Py_DECREF(index);
+    if (overflow || threads < 0 || threads > 4096) {
+        return ac_py_error(state, AC_E_INVALID, "threads: found %lld, expected 1 to 4096, or 0 for "
+                                                "the default",
+                           overflow ? overflow * (long long)INT64_MAX : threads);
+    }
+    ac_status status = ac_pool_set_threads((int32_t)threads);
+    if (status < 0) {
+        return ac_py_raise(state, status);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+py_get_num_threads(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    return PyLong_FromLong(ac_pool_threads());
+}
+
+static PyObject *
+kernel_names(const ac_device *device)
+{
+    PyObject *list = PyList_New(0);
+    const ac_kernel *const *k = device->backend->kernels;
+    for (; list && k && *k; k++) {
+        PyObject *name = PyUnicode_FromString((*k)->name);
+        if (!name || PyList_Append(list, name) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+static PyObject *
+py_device(PyObject *module, PyObject *args)
+{
+    const char *name;
+    if (!PyArg_ParseTuple(args, "s:device", &name)) {
+        return NULL;
+    }
+    ac_device *device;
+    ac_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = ac_device_open(name, &device);
+    Py_END_ALLOW_THREADS
+    if (status < 0) {
+        return ac_py_raise(PyModule_GetState(module), status);
+    }
+    PyObject *kernels = kernel_names(device);
+    PyObject *result = kernels ? Py_BuildValue("{sssisisisN}", "backend", device->backend->name,
+                                               "index", (int)device->index, "isa",
+                                               (int)device->caps.isa, "workers",
+                                               (int)device->caps.workers, "kernels", kernels)
+                               : NULL;
+    ac_device_unref(device);
+    return result;
+}
+
+static PyObject *
+list_of(const char *const *names)
+{
+    PyObject *list = PyList_New(0);
+    for (; list && *names; names++) {
+        PyObject *name = PyUnicode_FromString(*names);
+        if (!name || PyList_Append(list, name) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+static PyObject *
+py_model_classes(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    PyObject *list = PyList_New(0);
+    for (const ac_model_class *const *c = ac_model_classes; list && *c; c++) {
+        PyObject *name = PyUnicode_FromString((*c)->name);
+        if (!name || PyList_Append(list, name) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+static PyObject *
+py_scheduler_classes(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    return list_of(ac_scheduler_names());
+}
+
+static PyObject *
+py_set_library_folder(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *path;
+    if (!PyArg_ParseTuple(args, "O&:set_library_folder", PyUnicode_FSConverter, &path)) {
+        return NULL;
+    }
+    ac_backend_cuda_set_folder(PyBytes_AsString(path));
+    Py_DECREF(path);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"set_num_threads", py_set_num_threads, METH_O,
+     PyDoc_STR("set_num_threads(n)\n--\n\nThreads of the CPU backend, 0: the default.")},
+    {"get_num_threads", py_get_num_threads, METH_NOARGS,
+     PyDoc_STR("get_num_threads()\n--\n\nThreads of the CPU backend.")},
+    {"device", py_device, METH_VARARGS,
+     PyDoc_STR("device(name)\n--\n\nOpens a device: backend, index, isa, workers, kernels.")},
+    {"model_classes", py_model_classes, METH_NOARGS,
+     PyDoc_STR("model_classes()\n--\n\nClass names of the models there are.")},
+    {"scheduler_classes", py_scheduler_classes, METH_NOARGS,
+     PyDoc_STR("scheduler_classes()\n--\n\nClass names of the schedulers there are.")},
+    {"set_library_folder", py_set_library_folder, METH_VARARGS,
+     PyDoc_STR("set_library_folder(path)\n--\n\nWhere libaccel_cuda.so is looked for.")},
+    {0},
+};
+
+static int
+module_exec(PyObject *module)
+{
+    if (ac_py_add_errors(module) < 0 || ac_py_add_tensor(module) < 0 ||
+        ac_py_add_weights(module) < 0 || ac_py_add_model(module) < 0 ||
+        ac_py_add_scheduler(module) < 0 || ac_py_add_loop(module) < 0 ||
+        PyModule_AddFunctions(module, functions) < 0 ||
+        PyModule_AddStringConstant(module, "version", ACCEL_VERSION) < 0) {
+        return -1;
+    }
+    return 0;
+}
+
+static int
+module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    ac_py_state *state = PyModule_GetState(module);
+    for (size_t i = 0; i < AC_PY_ERRORS; i++) {
+        Py_VISIT(state->errors[i]);
+    }
+    Py_VISIT(state->base_error);
+    Py_VISIT(state->tensor);
+    Py_VISIT(state->weights);
+    Py_VISIT(state->model);
+    Py_VISIT(state->cancel);
+    return 0;
+}
+
+static int
+module_clear(PyObject *module)
+{
+    ac_py_state *state = PyModule_GetState(module);
+    for (size_t i = 0; i < AC_PY_ERRORS; i++) {
+        Py_CLEAR(state->errors[i]);
+    }
+    Py_CLEAR(state->base_error);
+    Py_CLEAR(state->tensor);
+    Py_CLEAR(state->weights);
+    Py_CLEAR(state->model);
+    Py_CLEAR(state->cancel);
+    return 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, module_exec},
+    {0, NULL},
+};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "accel._core",
+    .m_doc = PyDoc_STR("The engine of accel and its CPU kernels."),
+    .m_size = sizeof(ac_py_state),
+    .m_slots = slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+};
+
+PyMODINIT_FUNC
+PyInit__core(void)
+{
+    return PyModuleDef_Init(&definition);
+}
