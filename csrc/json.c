@@ -509,6 +509,12 @@ parse_value(parser *p, int depth, ac_json *out)
         out->kind = AC_JSON_STRING;
         return take_string(p, &out->string, &out->length);
     }
+    bool minus = take_word(p, "-Infinity"); /* Python's json writes both */
+    if (minus || take_word(p, "Infinity")) {
+        out->kind = AC_JSON_NUMBER;
+        out->number = minus ? -INFINITY : INFINITY;
+        return AC_OK;
+    }
     if (next_is(p, '-') || next_is_digit(p)) {
         return take_number(p, out);
     }

@@ -1,7 +1,8 @@
 /* json: a bounded reader.  Any bytes in, a tree or an error out; never recursion without a limit.
  *
  * Limits: depth 64, whole file 64 MiB, numbers as double (and as int64 when exactly so), strings
- * UTF-8 checked and unescaped, duplicate keys refused.  NaN, Infinity and trailing commas refused.
+ * UTF-8 checked and unescaped, duplicate keys refused.  NaN and trailing commas refused; Infinity
+ * and -Infinity are numbers: diffusers writes them ("lambda_min_clipped": -Infinity).
  */
 #ifndef AC_JSON_H
 #define AC_JSON_H
