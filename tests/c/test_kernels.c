@@ -270,7 +270,7 @@ agrees(const setup *s, const ac_kernel *kernel, const char *isa, const char *res
         squares += s->expected[i] * s->expected[i];
     }
     double rounding = rounding_of(out->dtype);
-    double limit = (allowed.most + rounding) * most + (rounding ? 6e-8 : 1e-37);
+    double limit = (allowed.most + rounding) * most + (rounding ? 6e-8 : 1e-30);
     double worst = 0.0;
     for (int64_t i = 0; i < s->samples; i++) {
         int64_t flat = s->sample ? s->sample[i] : i;
