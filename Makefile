@@ -52,6 +52,7 @@ $(B)/cuda/%.o: %.c $(wildcard kernels/cuda/*.h csrc/*.h)
 	$(NVCC) -O2 -x c -Xcompiler -std=c11,-D_GNU_SOURCE,-Wall,-Wextra,$(CUDA_HOST_FLAGS) -c $< -o $@
 
 $(CUDA_SO): $(CUDA_OBJ)
+	@mkdir -p $(@D)
 	$(NVCC) -shared -cudart static $(GENCODE) $^ -o $@
 
 cuda: ## the CUDA library, where nvcc is found
