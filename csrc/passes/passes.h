@@ -1,0 +1,36 @@
+/* passes: the ordered list of graph rewrites.
+ *
+ *     models/ -> graph -> [passes] -> graph -> plan
+ *
+ * Every pass computes the same function as before, with fewer or cheaper nodes, and leaves a graph
+ * that ac_graph_verify accepts.  Each can be switched off and dumped.  All are deterministic and
+ * linear in the number of nodes.
+ */
+#ifndef AC_PASSES_H
+#define AC_PASSES_H
+
+#include "../graph.h"
+
+typedef struct ac_pass {
+    const char *name; /* "merge_linears" */
+    const char *why;  /* one line for dumps and explain */
+    /* Edits g; may leave dead nodes and any order, ac_passes_run sorts after it. */
+    ac_status (*run)(ac_graph *g);
+} ac_pass;
+
+/* In the order they run, NULL at the end; passes.c says why that order. */
+extern const ac_pass *const ac_passes[];
+
+/* Runs the passes whose bit in `off` is 0 (bit i: ac_passes[i]).  With `dumps`, the graph as built
+ * and after each pass is appended as text. */
+ac_status ac_passes_run(ac_graph *g, uint32_t off, ac_text *dumps);
+
+/* "merge_linears,fuse_norm", "all" or "" (nothing off) to the mask of ac_passes_run; an unknown
+ * name is INVALID and lists the known ones.  NULL is "". */
+ac_status ac_passes_off_from_text(const char *text, uint32_t *off);
+
+/* For backends whose kernels take weights of one dtype: float weights of other dtypes get a
+ * LOAD-rate CAST, and derived weights are made in `dtype` at once.  After ac_passes_run. */
+ac_status ac_cast_weights(ac_graph *g, ac_dtype dtype);
+
+#endif
