@@ -126,7 +126,7 @@ read_offsets(const row *r, const ac_json *info, size_t *begin, size_t *end)
 static ac_status
 read_row(const row *r, const ac_json *info, ac_safetensor *out)
 {
-    size_t begin, end;
+    size_t begin = 0, end = 0;
     if (!*r->name) {
         return ac_error(AC_E_FORMAT, "%s: found a tensor with an empty name", r->path);
     }
@@ -206,8 +206,8 @@ ac_status
 ac_safetensors_parse(ac_arena *arena, const void *file, size_t size, const char *path,
                      ac_safetensors *out)
 {
-    size_t header_size;
-    const ac_json *header;
+    size_t header_size = 0;
+    const ac_json *header = NULL;
     AC_TRY(read_header_size(file, size, path, &header_size));
     ac_status status = ac_json_parse(arena, (const char *)file + 8, header_size, "header", &header);
     if (status < 0) {

@@ -128,7 +128,7 @@ add_mapping(ac_weights *weights, mapping *m, const char *path, ac_arena *arena)
 ac_status
 ac_weights_add_file(ac_weights *weights, const char *path)
 {
-    mapping *m;
+    mapping *m = NULL;
     ac_arena arena;
     AC_TRY(map_file(path, &m));
     ac_arena_init(&arena);
@@ -246,8 +246,8 @@ check_shards(const ac_weights *weights, const char *index_path, const ac_json *m
 static ac_status
 add_shards(ac_weights *weights, folder *f, const char *index_path, const ac_json *map)
 {
-    const char **shard;
-    size_t count;
+    const char **shard = NULL;
+    size_t count = 0;
     AC_TRY(list_shards(f, index_path, map, &shard, &count));
     int32_t *first = ac_arena_alloc(&f->arena, (count + 1) * sizeof *first);
     if (!first) {
@@ -268,8 +268,8 @@ add_shards(ac_weights *weights, folder *f, const char *index_path, const ac_json
 static ac_status
 add_index(ac_weights *weights, folder *f, const char *index_path)
 {
-    mapping *m;
-    const ac_json *index;
+    mapping *m = NULL;
+    const ac_json *index = NULL;
     AC_TRY(map_file(index_path, &m));
     ac_status status = ac_json_parse(&f->arena, m->data, m->size, index_path, &index);
     mapping_unref(m);
