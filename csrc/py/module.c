@@ -120,6 +120,36 @@ py_scheduler_classes(PyObject *module, PyObject *unused)
     return list_of(ac_scheduler_names());
 }
 
+/* The class table is keyed by config; a config with the name alone is enough to find the row. */
+static ac_status
+find_class(const char *name, const ac_model_class **out)
+{
+    for (const ac_model_class *const *c = ac_model_classes; *c; c++) {
+        if (strcmp((*c)->name, name) == 0) {
+            *out = *c;
+            return AC_OK;
+        }
+    }
+    return ac_error(AC_E_UNSUPPORTED, "class: found \"%.64s\", which is no model of accel", name);
+}
+
+static PyObject *
+py_weight_name(PyObject *module, PyObject *args)
+{
+    const char *class_name, *found;
+    if (!PyArg_ParseTuple(args, "ss:weight_name", &class_name, &found)) {
+        return NULL;
+    }
+    const ac_model_class *cls = NULL;
+    ac_status status = find_class(class_name, &cls);
+    if (status < 0) {
+        return ac_py_raise(PyModule_GetState(module), status);
+    }
+    char name[AC_WEIGHT_NAME];
+    ac_model_weight_name(cls, found, name);
+    return PyUnicode_DecodeUTF8(name, (Py_ssize_t)strlen(name), "replace");
+}
+
 static PyObject *
 py_set_library_folder(PyObject *module, PyObject *args)
 {
@@ -144,6 +174,9 @@ static PyMethodDef functions[] = {
      PyDoc_STR("model_classes()\n--\n\nClass names of the models there are.")},
     {"scheduler_classes", py_scheduler_classes, METH_NOARGS,
      PyDoc_STR("scheduler_classes()\n--\n\nClass names of the schedulers there are.")},
+    {"weight_name", py_weight_name, METH_VARARGS,
+     PyDoc_STR("weight_name(class_name, found)\n--\n\nThe name under which the model asks for a "
+               "weight found under another one.")},
     {"set_library_folder", py_set_library_folder, METH_VARARGS,
      PyDoc_STR("set_library_folder(path)\n--\n\nWhere libaccel_cuda.so is looked for.")},
     {0},
@@ -174,6 +207,8 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->weights);
     Py_VISIT(state->model);
     Py_VISIT(state->cancel);
+    Py_VISIT(state->schedule);
+    Py_VISIT(state->rng);
     return 0;
 }
 
@@ -189,6 +224,8 @@ module_clear(PyObject *module)
     Py_CLEAR(state->weights);
     Py_CLEAR(state->model);
     Py_CLEAR(state->cancel);
+    Py_CLEAR(state->schedule);
+    Py_CLEAR(state->rng);
     return 0;
 }
 

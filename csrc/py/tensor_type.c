@@ -113,22 +113,78 @@ tensor_dlpack_device(PyObject *self, PyObject *unused)
     return Py_BuildValue("(ii)", 1, 0);
 }
 
-/* float32 bytes of any float Tensor: what __array__ in python/accel makes an array of. */
+/* float32, as NumPy has no bfloat16; other dtypes come the same way. */
 static PyObject *
-tensor_float32(PyObject *self, PyObject *unused)
+tensor_array(PyObject *self, PyObject *args, PyObject *keywords)
 {
-    (void)unused;
+    static char *names[] = {"dtype", "copy", NULL};
+    PyObject *dtype = Py_None, *copy = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|OO:__array__", names, &dtype, &copy)) {
+        return NULL;
+    }
+    if (copy == Py_False) {
+        PyErr_SetString(PyExc_ValueError, "a Tensor becomes an array only by copying");
+        return NULL;
+    }
     const ac_tensor *t = &((tensor_object *)self)->tensor;
     if (!ac_dtype_is_float(t->dtype)) {
-        return ac_py_error(ac_py_state_of(self), AC_E_DTYPE, "float32: found %s, expected a float",
+        return ac_py_error(ac_py_state_of(self), AC_E_DTYPE, "__array__: found %s, expected a float",
                            ac_dtype_name(t->dtype));
     }
     int64_t count = ac_tensor_count(t);
     PyObject *bytes = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(count * 4));
-    if (bytes) {
+    PyObject *numpy = bytes ? PyImport_ImportModule("numpy") : NULL;
+    PyObject *shape = numpy ? PyObject_GetAttrString(self, "shape") : NULL;
+    PyObject *array = NULL;
+    if (shape) {
         ac_convert(PyByteArray_AsString(bytes), AC_F32, t->data, t->dtype, count);
+        PyObject *flat = PyObject_CallMethod(numpy, "frombuffer", "Os", bytes, "float32");
+        array = flat ? PyObject_CallMethod(flat, "reshape", "O", shape) : NULL;
+        Py_XDECREF(flat);
     }
-    return bytes;
+    if (array && dtype != Py_None) {
+        Py_SETREF(array, PyObject_CallMethod(array, "astype", "O", dtype));
+    }
+    Py_XDECREF(shape);
+    Py_XDECREF(numpy);
+    Py_XDECREF(bytes);
+    return array;
+}
+
+/* Values of any numeric array, strided too, into this tensor: how bfloat16 is made of float32. */
+static PyObject *
+tensor_fill(PyObject *self, PyObject *source)
+{
+    ac_py_state *state = ac_py_state_of(self);
+    const ac_tensor *to = &((tensor_object *)self)->tensor;
+    ac_py_view view;
+    if (ac_py_view_import(state, source, "source", &view) < 0) {
+        return NULL;
+    }
+    const ac_tensor *from = &view.tensor;
+    if (!ac_shape_equal(&from->shape, &to->shape)) {
+        char found[AC_SHAPE_TEXT], expected[AC_SHAPE_TEXT];
+        ac_py_error(state, AC_E_SHAPE, "source: found %s, expected %s",
+                    ac_shape_text(&from->shape, found), ac_shape_text(&to->shape, expected));
+    } else if (ac_tensor_is_contiguous(from) && ac_dtype_is_float(from->dtype) &&
+               ac_dtype_is_float(to->dtype)) {
+        ac_convert(to->data, to->dtype, from->data, from->dtype, ac_tensor_count(to));
+    } else {
+        int64_t count = ac_tensor_count(to);
+        for (int64_t i = 0; i < count; i++) {
+            int64_t at = 0, rest = i;
+            for (int32_t d = from->shape.rank - 1; d >= 0; d--) {
+                at += rest % from->shape.dim[d] * from->stride[d];
+                rest /= from->shape.dim[d];
+            }
+            ac_element_set(to->data, to->dtype, i, ac_element_get(from->data, from->dtype, at));
+        }
+    }
+    ac_py_view_release(&view);
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
 }
 
 static PyObject *
@@ -158,7 +214,10 @@ static PyMethodDef methods[] = {
     {"__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("DLPack capsule of this tensor; zero copy.")},
     {"__dlpack_device__", tensor_dlpack_device, METH_NOARGS, PyDoc_STR("(1, 0): host memory.")},
-    {"float32", tensor_float32, METH_NOARGS, PyDoc_STR("The values as float32 bytes.")},
+    {"__array__", (PyCFunction)(void (*)(void))tensor_array, METH_VARARGS | METH_KEYWORDS,
+     PyDoc_STR("A NumPy array of the values, float32 unless told.")},
+    {"fill", tensor_fill, METH_O,
+     PyDoc_STR("fill(source)\n--\n\nTakes the values of a tensor of this shape and any dtype.")},
     {0},
 };
 
