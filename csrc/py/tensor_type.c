@@ -143,7 +143,9 @@ tensor_array(PyObject *self, PyObject *args, PyObject *keywords)
         Py_XDECREF(flat);
     }
     if (array && dtype != Py_None) {
-        Py_SETREF(array, PyObject_CallMethod(array, "astype", "O", dtype));
+        PyObject *cast = PyObject_CallMethod(array, "astype", "O", dtype);
+        Py_DECREF(array);
+        array = cast;
     }
     Py_XDECREF(shape);
     Py_XDECREF(numpy);
