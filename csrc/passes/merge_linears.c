@@ -22,6 +22,7 @@ typedef struct member {
     int32_t n_steps;
     ac_val end;              /* what its readers read */
     int32_t next;            /* member with the same x, or AC_NONE */
+    bool merged;
 } member;
 
 typedef struct merger {
@@ -30,7 +31,7 @@ typedef struct merger {
     int32_t *strided; /* per value: uses that take rows with gaps */
     member *members;
     int32_t n_members;
-    int32_t *head, *tail; /* per value: members that read it, in order */
+    int32_t *last; /* per value: last member that reads it */
 } merger;
 
 static bool
@@ -218,15 +219,17 @@ merge(ac_graph *g, const group *s)
     return AC_OK;
 }
 
-/* Members that read x and go with its first one. */
+/* Merges `first` and the members after it that read the same x and go with it. */
 static ac_status
-merge_readers(merger *m, ac_val x, group *s)
+merge_with(merger *m, int32_t first, group *s)
 {
     ac_graph *g = m->g;
     s->n = 0;
-    for (int32_t i = m->head[x]; i != AC_NONE; i = m->members[i].next) {
-        if (s->n == 0 || can_join(g, s->member[0], &m->members[i])) {
-            s->member[s->n++] = &m->members[i];
+    for (int32_t i = first; i != AC_NONE; i = m->members[i].next) {
+        member *next = &m->members[i];
+        if (!next->merged && can_join(g, &m->members[first], next)) {
+            next->merged = true;
+            s->member[s->n++] = next;
         }
     }
     if (s->n < 2) {
@@ -257,16 +260,18 @@ find_members(merger *m)
 {
     const ac_graph *g = m->g;
     for (ac_val v = 0; v < g->n_values; v++) {
-        m->head[v] = m->tail[v] = AC_NONE;
+        m->last[v] = AC_NONE;
     }
     for (int32_t i = 0; i < g->n_nodes; i++) {
         member *next = &m->members[m->n_members];
         if (!is_plain_linear(g, &g->nodes[i]) || !find_member(m, i, next)) {
             continue;
         }
-        ac_val x = next->x;
-        int32_t *link = m->head[x] == AC_NONE ? &m->head[x] : &m->members[m->tail[x]].next;
-        *link = m->tail[x] = m->n_members++;
+        int32_t *last = &m->last[next->x];
+        if (*last != AC_NONE) {
+            m->members[*last].next = m->n_members;
+        }
+        *last = m->n_members++;
     }
 }
 
@@ -279,13 +284,11 @@ run(ac_graph *g)
     ac_status status = ac_uses_init(g, &m.uses);
     size_t values = (size_t)g->n_values, nodes = (size_t)g->n_nodes;
     m.strided = ac_arena_alloc(&work, values * sizeof *m.strided);
-    m.head = ac_arena_alloc(&work, values * sizeof *m.head);
-    m.tail = ac_arena_alloc(&work, values * sizeof *m.tail);
+    m.last = ac_arena_alloc(&work, values * sizeof *m.last);
     m.members = ac_arena_alloc(&work, (nodes + 1) * sizeof *m.members);
     group s = {.member = ac_arena_alloc(&work, nodes * sizeof(member *)),
                .part = ac_arena_alloc(&work, nodes * sizeof(ac_val))};
-    if (status == AC_OK &&
-        (!m.strided || !m.head || !m.tail || !m.members || !s.member || !s.part)) {
+    if (status == AC_OK && (!m.strided || !m.last || !m.members || !s.member || !s.part)) {
         status = ac_no_memory(nodes * sizeof *m.members);
     }
     if (status == AC_OK) {
@@ -293,8 +296,8 @@ run(ac_graph *g)
         find_members(&m);
     }
     for (int32_t i = 0; i < m.n_members && status == AC_OK; i++) {
-        if (m.head[m.members[i].x] == i) {
-            status = merge_readers(&m, m.members[i].x, &s);
+        if (!m.members[i].merged) {
+            status = merge_with(&m, i, &s);
         }
     }
     ac_uses_deinit(&m.uses);
