@@ -17,7 +17,10 @@
     X(ac_cpu_up_conv2d_plain)                                                                      \
     X(ac_cpu_group_norm_plain)                                                                     \
     X(ac_cpu_layer_norm_plain)                                                                     \
-    X(ac_cpu_attention_plain)                                                                      \
+    X(ac_cpu_attention_avx512) \
+    X(ac_cpu_attention_avx2) \
+    X(ac_cpu_attention_base) \
+    X(ac_cpu_attention_plain) \
     X(ac_cpu_activation_plain)                                                                     \
     X(ac_cpu_gate_plain)                                                                           \
     X(ac_cpu_add_plain)                                                                            \
