@@ -98,6 +98,10 @@ parse_as(const ac_json *json, const char *class_name, bool projected, clip_confi
                                       "num_attention_heads, %d", class_name, c->hidden_size,
                         c->num_attention_heads);
     }
+    if (projected && !c->projection_dim) {
+        return ac_error(AC_E_INVALID, "%s config: projection_dim: found null, expected a number",
+                        class_name);
+    }
     return AC_OK;
 }
 

@@ -159,6 +159,9 @@ read_field(const ac_json *value, const ac_field *field, void *config)
 {
     void *at = (char *)config + field->offset;
     if (value->kind == AC_JSON_NULL && field->nullable) {
+        if (field->kind == AC_FIELD_INT || field->kind == AC_FIELD_CHOICE) {
+            *(int32_t *)at = 0;
+        }
         return AC_OK;
     }
     switch (field->kind) {

@@ -45,7 +45,7 @@ typedef struct ac_choice {
 typedef struct ac_field {
     const char *name;
     ac_field_kind kind;
-    bool nullable;     /* null is accepted and keeps the default */
+    bool nullable;     /* null is accepted: 0 for INT and CHOICE, else as if absent */
     size_t offset;     /* into the model's struct */
     double low, high;  /* inclusive */
     const ac_choice *choices;

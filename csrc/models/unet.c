@@ -107,7 +107,7 @@ static const ac_field fields[] = {
     {NAME(flip_sin_to_cos), .kind = AC_FIELD_BOOL},
     {NAME(freq_shift), .kind = AC_FIELD_FLOAT, .low = -1e4, .high = 1e4},
     {NAME(down_block_types), .kind = AC_FIELD_CHOICES, .choices = down_types},
-    {NAME(mid_block_type), .kind = AC_FIELD_CHOICE, .choices = mid_types},
+    {NAME(mid_block_type), .kind = AC_FIELD_CHOICE, .nullable = true, .choices = mid_types},
     {NAME(up_block_types), .kind = AC_FIELD_CHOICES, .choices = up_types},
     {NAME(only_cross_attention), .kind = AC_FIELD_FLAGS},
     {NAME(block_out_channels), .kind = AC_FIELD_LIST, .low = 2, .high = AC_MAX_CHANNELS},
