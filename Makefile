@@ -11,7 +11,7 @@ CSRC    := $(wildcard csrc/*.c csrc/models/*.c csrc/passes/*.c csrc/schedulers/*
 OBJ     := $(CSRC:%.c=$(B)/%.o)
 CTESTS  := $(patsubst tests/c/%.c,$(B)/tests/%,$(wildcard tests/c/test_*.c))
 
-.PHONY: help lib check-c cuda test-gpu clean
+.PHONY: help lib check-c cuda test-gpu demo test test-install test-build test-run clean
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -63,6 +63,40 @@ test-gpu: ## the checks that need a GPU; installs nothing
 	$(MAKE) --no-print-directory cuda $(B)/tests/test_seam
 	$(B)/tests/test_seam | tee $(B)/test_seam.log
 	@grep -q "ran on cuda" $(B)/test_seam.log || { echo "test-gpu: nothing ran on a GPU"; exit 1; }
+
+# ---- a picture, and the tests, from a fresh clone -------------------------------------------------
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --quiet --disable-pip-version-check
+# The pinned packages that the tests compare with; pyproject.toml has them once.
+EXTRA   = $(shell $(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["test"])' | sed -E 's/[^ ]+/"&"/g')
+
+export HF_HUB_OFFLINE := 1
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+demo: $(PY) ## install accel into .venv and make a picture
+	$(PIP) install .
+	$(VENV)/bin/accel generate "a red house by a lake at sunset" --seed 1 -o demo.png
+	@echo "the picture is $(CURDIR)/demo.png"
+
+test: test-install test-build test-run ## everything CI runs: sets up, builds, passes the tests
+
+test-install: $(PY) ## what the tests need, into .venv
+	$(PIP) install "setuptools>=77" wheel build $(EXTRA)
+
+test-build: $(PY) ## the extension, the C tests, and the GPU library where nvcc is
+	ACCEL_CUDA_ARCHS=$(ACCEL_CUDA_ARCHS) $(PIP) install --no-build-isolation --no-deps -e .
+	$(MAKE) --no-print-directory -j$(shell nproc) $(CTESTS)
+
+test-run: check-c ## lint, C tests, Python tests, and both ways to install
+	$(PY) tools/lint.py
+	$(VENV)/bin/ruff check --quiet .
+	$(PY) -m pytest -q -n 2 tests
+	tools/check_install.sh $(PYTHON)
 
 clean: ## remove what was built
 	rm -rf build
