@@ -22,7 +22,8 @@ best_isa(void)
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
         return AC_ISA_AVX512;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
         return AC_ISA_AVX2;
     }
 #endif

@@ -15,14 +15,29 @@
     X(ac_cpu_up_conv2d_avx2)                                                                       \
     X(ac_cpu_up_conv2d_base)                                                                       \
     X(ac_cpu_up_conv2d_plain)                                                                      \
+    X(ac_cpu_group_norm_avx512)                                                                    \
+    X(ac_cpu_group_norm_avx2)                                                                      \
+    X(ac_cpu_group_norm_base)                                                                      \
     X(ac_cpu_group_norm_plain)                                                                     \
+    X(ac_cpu_layer_norm_avx512)                                                                    \
+    X(ac_cpu_layer_norm_avx2)                                                                      \
+    X(ac_cpu_layer_norm_base)                                                                      \
     X(ac_cpu_layer_norm_plain)                                                                     \
-    X(ac_cpu_attention_avx512) \
-    X(ac_cpu_attention_avx2) \
-    X(ac_cpu_attention_base) \
-    X(ac_cpu_attention_plain) \
+    X(ac_cpu_attention_avx512)                                                                     \
+    X(ac_cpu_attention_avx2)                                                                       \
+    X(ac_cpu_attention_base)                                                                       \
+    X(ac_cpu_attention_plain)                                                                      \
+    X(ac_cpu_activation_avx512)                                                                    \
+    X(ac_cpu_activation_avx2)                                                                      \
+    X(ac_cpu_activation_base)                                                                      \
     X(ac_cpu_activation_plain)                                                                     \
+    X(ac_cpu_gate_avx512)                                                                          \
+    X(ac_cpu_gate_avx2)                                                                            \
+    X(ac_cpu_gate_base)                                                                            \
     X(ac_cpu_gate_plain)                                                                           \
+    X(ac_cpu_add_avx512)                                                                           \
+    X(ac_cpu_add_avx2)                                                                             \
+    X(ac_cpu_add_base)                                                                             \
     X(ac_cpu_add_plain)                                                                            \
     X(ac_cpu_scale_plain)                                                                          \
     X(ac_cpu_concat_plain)                                                                         \
@@ -33,6 +48,9 @@
     X(ac_cpu_eos_pool_plain)                                                                       \
     X(ac_cpu_to_nhwc_plain)                                                                        \
     X(ac_cpu_to_nchw_plain)                                                                        \
+    X(ac_cpu_cast_avx512)                                                                          \
+    X(ac_cpu_cast_avx2)                                                                            \
+    X(ac_cpu_cast_base)                                                                            \
     X(ac_cpu_cast_plain)                                                                           \
     X(ac_cpu_fill_plain)                                                                           \
     X(ac_cpu_phase_weight_plain)

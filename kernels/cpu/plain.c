@@ -2,6 +2,7 @@
 #include "plain.h"
 
 #include <math.h>
+#include <string.h>
 
 bool
 ac_plain_supports(const ac_problem *p, const ac_caps *caps)
@@ -171,6 +172,22 @@ ac_plain_over_rows(ac_lane *lane, const ac_problem *p, const ac_tensor *t, ac_pl
     ac_pool_run(lane, (job.rows + job.rows_per_tile - 1) / job.rows_per_tile, rows_tile, &job);
 }
 
+/* As it is: f32 needs no way through double. */
+static void
+copy_f32(const ac_tensor *dst, int64_t to, const ac_tensor *src, int64_t from, int64_t columns)
+{
+    const float *x = (const float *)src->data + from;
+    float *y = (float *)dst->data + to;
+    int64_t from_stride = ac_plain_column_stride(src), to_stride = ac_plain_column_stride(dst);
+    if (from_stride == 1 && to_stride == 1) {
+        memcpy(y, x, sizeof *y * (size_t)columns);
+        return;
+    }
+    for (int64_t c = 0; c < columns; c++) {
+        y[c * to_stride] = x[c * from_stride];
+    }
+}
+
 static void
 copy_rows(const ac_problem *p, int64_t first, int64_t rows)
 {
@@ -180,6 +197,10 @@ copy_rows(const ac_problem *p, int64_t first, int64_t rows)
     double line[AC_PLAIN_CHUNK];
     for (int64_t row = first; row < first + rows; row++) {
         int64_t from = ac_plain_row(src, row), to = ac_plain_row(dst, row);
+        if (src->dtype == AC_F32 && dst->dtype == AC_F32) {
+            copy_f32(dst, to, src, from, columns);
+            continue;
+        }
         for (int64_t c = 0; c < columns; c += AC_PLAIN_CHUNK) {
             int64_t count = AC_MIN(columns - c, AC_PLAIN_CHUNK);
             ac_plain_load(line, src, from + c * from_stride, from_stride, count);
