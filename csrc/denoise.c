@@ -23,7 +23,7 @@ typedef struct loop {
     int32_t step;
 } loop;
 
-/* ---- before the loop --------------------------------------------------------------------------- */
+/* ---- before the loop ------------------------------------------------------------------------- */
 
 static ac_status
 check(const ac_denoise_args *a)
@@ -109,7 +109,7 @@ bind(loop *l)
     return AC_OK;
 }
 
-/* ---- one row ----------------------------------------------------------------------------------- */
+/* ---- one row --------------------------------------------------------------------------------- */
 
 /* Both halves of the batch see the same latents, scaled as the row says. */
 static void

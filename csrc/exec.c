@@ -27,7 +27,7 @@ struct ac_exec {
 /* Derived weights are shared by all execs over one set: one maker at a time. */
 static pthread_mutex_t derive_lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* ---- life -------------------------------------------------------------------------------------- */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 static ac_status
 copy_problems(ac_exec *e)
@@ -135,7 +135,7 @@ ac_exec_set_prompt(ac_exec *e, uint64_t token)
     e->prompt = token;
 }
 
-/* ---- binding ----------------------------------------------------------------------------------- */
+/* ---- binding --------------------------------------------------------------------------------- */
 
 static ac_status
 bind(ac_exec *e, ac_val v, const char *name, const ac_tensor *tensor)
@@ -248,7 +248,7 @@ bind_weights(ac_exec *e, ac_device_lane *lane)
     return AC_OK;
 }
 
-/* ---- addresses --------------------------------------------------------------------------------- */
+/* ---- addresses ------------------------------------------------------------------------------- */
 
 static void *
 address(const ac_exec *e, const ac_device_lane *lane, ac_ref ref)
@@ -305,7 +305,7 @@ launch(ac_exec *e, ac_device_lane *lane, int32_t s)
     return AC_OK;
 }
 
-/* ---- derived weights --------------------------------------------------------------------------- */
+/* ---- derived weights ------------------------------------------------------------------------- */
 
 /* Marks the LOAD steps to run: those whose results are missing, and what they come from, up to
  * weights and to derived values that are there. */
@@ -408,7 +408,7 @@ derive(ac_exec *e, ac_device_lane *lane)
     return status;
 }
 
-/* ---- run --------------------------------------------------------------------------------------- */
+/* ---- run ------------------------------------------------------------------------------------- */
 
 static ac_status
 check_bound(const ac_exec *e)

@@ -128,7 +128,7 @@ take_name(ac_graph *g, ac_op op)
     return ac_arena_printf(&g->arena, "%s%s", g->scope, last);
 }
 
-/* ---- values and nodes ------------------------------------------------------------------------- */
+/* ---- values and nodes ------------------------------------------------------------------------ */
 
 static ac_val
 add_value(ac_graph *g, ac_value value)
@@ -303,7 +303,7 @@ ac_graph_node(ac_graph *g, ac_op op, const ac_attr *attr, const ac_val *input, i
     return add_node(g, op, attr, input, n_inputs, dtype, wanted, ac_arena_strdup(&g->arena, name));
 }
 
-/* ---- builder functions of ops.h ---------------------------------------------------------------- */
+/* ---- builder functions of ops.h -------------------------------------------------------------- */
 
 /* Sticky: nothing happens after an error, or when a required operand is what an error left. */
 static ac_val

@@ -66,7 +66,7 @@ ac_graph_find_output(const ac_graph *g, const char *name)
     return AC_NONE;
 }
 
-/* ---- sort ------------------------------------------------------------------------------------- */
+/* ---- sort ------------------------------------------------------------------------------------ */
 
 enum { UNSEEN, OPEN, PLACED };
 
@@ -190,7 +190,7 @@ ac_graph_sort(ac_graph *g)
     return status;
 }
 
-/* ---- verify and dump --------------------------------------------------------------------------- */
+/* ---- verify and dump ------------------------------------------------------------------------- */
 
 static ac_status
 verify_node(const ac_graph *g, int32_t at)

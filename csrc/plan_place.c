@@ -34,7 +34,7 @@ find_lives(ac_planner *p)
     }
 }
 
-/* ---- derived weights --------------------------------------------------------------------------- */
+/* ---- derived weights ------------------------------------------------------------------------- */
 
 /* "concat{axis=0}(a.weight,b.weight)": equal text, equal bytes. */
 static void
@@ -107,7 +107,7 @@ add_derived(ac_planner *p, ac_val v, const ac_step *prepare, size_t bytes, int32
     return AC_OK;
 }
 
-/* ---- spaces ------------------------------------------------------------------------------------ */
+/* ---- spaces ---------------------------------------------------------------------------------- */
 
 static ac_status
 choose_space(ac_planner *p, ac_val v)

@@ -9,7 +9,7 @@
 #define MT_M 397
 #define TWO_PI 6.283185307179586476925286766559
 
-/* ---- the integer stream ----------------------------------------------------------------------- */
+/* ---- the integer stream ---------------------------------------------------------------------- */
 
 void
 ac_rng_seed(ac_rng *rng, uint64_t seed)
@@ -49,7 +49,7 @@ ac_rng_next(ac_rng *rng)
     return y ^ (y >> 18);
 }
 
-/* ---- normals ---------------------------------------------------------------------------------- */
+/* ---- normals --------------------------------------------------------------------------------- */
 
 /* In [0, 1), 24 bits: exact in f32. */
 static double
@@ -145,7 +145,7 @@ ac_rng_normal_half(ac_rng *rng, float *out, int64_t count)
     }
 }
 
-/* ---- PyTorch's state -------------------------------------------------------------------------- */
+/* ---- PyTorch's state ------------------------------------------------------------------------- */
 
 /* seed u64 | left i32 | seeded i32 | next u64 | 624 words as u64 | normal x, y, rho f64 |
  * normal valid i32, pad | a float sample and its flag, which no CPU kernel of PyTorch uses. */

@@ -53,7 +53,7 @@ uint64_t ac_weights_generation(const ac_weights *weights);
  * no counter.  Order of names matters; reads all bytes, those of constant ones only once. */
 uint64_t ac_weights_checksum(const ac_weights *weights, const char *const *names, int32_t count);
 
-/* ---- derived weights -------------------------------------------------------------------------- */
+/* ---- derived weights ------------------------------------------------------------------------- */
 
 typedef struct ac_derived {
     const char *key;           /* canonical text of what it is, e.g. "cast:f32(conv_in.weight)" */

@@ -144,7 +144,7 @@ ac_py_build_args(ac_py_state *state, PyObject *dict, ac_build_args *out)
     return 0;
 }
 
-/* ---- tensors by name --------------------------------------------------------------------------- */
+/* ---- tensors by name ------------------------------------------------------------------------- */
 
 void
 ac_py_dict_release(ac_py_dict *dict)

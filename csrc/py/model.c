@@ -74,7 +74,7 @@ model_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-/* ---- io ---------------------------------------------------------------------------------------- */
+/* ---- io -------------------------------------------------------------------------------------- */
 
 static PyObject *
 describe(const ac_io *io)
@@ -120,7 +120,7 @@ model_io(PyObject *self, PyObject *arg)
     return list;
 }
 
-/* ---- run --------------------------------------------------------------------------------------- */
+/* ---- run ------------------------------------------------------------------------------------- */
 
 typedef struct call {
     ac_model *model;
@@ -208,7 +208,7 @@ model_run(PyObject *self, PyObject *args, PyObject *keywords)
     Py_RETURN_NONE;
 }
 
-/* ---- looking in -------------------------------------------------------------------------------- */
+/* ---- looking in ------------------------------------------------------------------------------ */
 
 static PyObject *
 model_explain(PyObject *self, PyObject *args, PyObject *keywords)

@@ -33,7 +33,7 @@ allocate(PyTypeObject *type)
     return alloc(type, 0);
 }
 
-/* ---- Schedule: making ------------------------------------------------------------------------- */
+/* ---- Schedule: making ------------------------------------------------------------------------ */
 
 static int
 to_int32(ac_py_state *state, long long value, const char *what, int32_t *out)
@@ -101,7 +101,7 @@ schedule_dealloc(PyObject *self)
     release_type(self);
 }
 
-/* ---- Schedule: reading ------------------------------------------------------------------------ */
+/* ---- Schedule: reading ----------------------------------------------------------------------- */
 
 static const ac_schedule *
 schedule_in(PyObject *self)
@@ -205,7 +205,7 @@ schedule_length(PyObject *self)
     return schedule_in(self)->n_rows;
 }
 
-/* ---- Schedule: one step ----------------------------------------------------------------------- */
+/* ---- Schedule: one step ---------------------------------------------------------------------- */
 
 /* x, e, noise, the registers: what apply() borrows. */
 #define N_BUFFERS (3 + AC_SCHED_REGISTERS)
@@ -391,7 +391,7 @@ static PyType_Spec schedule_spec = {
     .slots = schedule_slots,
 };
 
-/* ---- Rng -------------------------------------------------------------------------------------- */
+/* ---- Rng ------------------------------------------------------------------------------------- */
 
 /* torch.Generator.manual_seed's range: -2^63 to 2^64 - 1, negative ones wrap. */
 static int
@@ -538,7 +538,7 @@ static PyType_Spec rng_spec = {
     .slots = rng_slots,
 };
 
-/* ---- module ----------------------------------------------------------------------------------- */
+/* ---- module ---------------------------------------------------------------------------------- */
 
 static int
 add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **out)

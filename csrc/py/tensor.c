@@ -10,7 +10,7 @@
 #include "dlpack.h"
 
 
-/* ---- DLPack in --------------------------------------------------------------------------------- */
+/* ---- DLPack in ------------------------------------------------------------------------------- */
 
 static void
 release_legacy(void *owner)
@@ -181,7 +181,7 @@ call_dlpack(PyObject *object)
     return capsule;
 }
 
-/* ---- buffers in -------------------------------------------------------------------------------- */
+/* ---- buffers in ------------------------------------------------------------------------------ */
 
 static void
 release_buffer(void *owner)
@@ -320,7 +320,7 @@ ac_py_view_release(ac_py_view *view)
     view->release = NULL;
 }
 
-/* ---- DLPack out -------------------------------------------------------------------------------- */
+/* ---- DLPack out ------------------------------------------------------------------------------ */
 
 typedef struct exported {
     DLManagedTensor legacy; /* one of the two is used */

@@ -80,7 +80,7 @@ weights_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-/* ---- adding ------------------------------------------------------------------------------------ */
+/* ---- adding ---------------------------------------------------------------------------------- */
 
 static PyObject *
 weights_add_file(PyObject *self, PyObject *args)
@@ -159,7 +159,7 @@ weights_set(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* ---- looking ----------------------------------------------------------------------------------- */
+/* ---- looking --------------------------------------------------------------------------------- */
 
 static PyObject *
 decode(const char *text)
@@ -226,7 +226,7 @@ weights_derived(PyObject *self, PyObject *unused)
     return list;
 }
 
-/* ---- following changes ------------------------------------------------------------------------- */
+/* ---- following changes ----------------------------------------------------------------------- */
 
 static PyObject *
 weights_check(PyObject *self, PyObject *unused)

@@ -55,7 +55,7 @@ leave(int32_t index, int previous, ac_status status)
     return status;
 }
 
-/* ---- life --------------------------------------------------------------------------------------- */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 static ac_status
 no_device(cudaError_t status)
@@ -106,7 +106,7 @@ cuda_close(void *self)
     ac_cuda_host->free(self);
 }
 
-/* ---- memory ------------------------------------------------------------------------------------- */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 static ac_status
 allocate(size_t bytes, void **out)
@@ -161,7 +161,7 @@ cuda_copy(void *self, ac_lane *lane, void *to, const void *from, size_t bytes)
     return AC_OK;
 }
 
-/* ---- lanes -------------------------------------------------------------------------------------- */
+/* ---- lanes ----------------------------------------------------------------------------------- */
 
 static ac_status
 cuda_lane_open(void *self, ac_lane **out)
@@ -201,7 +201,7 @@ cuda_sync(void *self, ac_lane *lane)
     return AC_OK;
 }
 
-/* ---- the exported symbol ------------------------------------------------------------------------- */
+/* ---- the exported symbol --------------------------------------------------------------------- */
 
 __attribute__((visibility("default"))) ac_status
 ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out);

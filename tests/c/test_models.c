@@ -45,7 +45,7 @@ read_config(const char *name)
     return text;
 }
 
-/* ---- published configs ------------------------------------------------------------------------ */
+/* ---- published configs ----------------------------------------------------------------------- */
 
 static const struct {
     const char *name;
@@ -137,7 +137,7 @@ published_plans(void)
                                            .hidden_states = true, .masked = true});
 }
 
-/* ---- configs ---------------------------------------------------------------------------------- */
+/* ---- configs --------------------------------------------------------------------------------- */
 
 static void
 refuses(const char *text, ac_status status, const char *part)
@@ -254,7 +254,7 @@ sizes_that_do_not_fit(void)
                 "down_blocks.0.attentions.0: attention_head_dim: found 400 heads for 320");
 }
 
-/* ---- weights ---------------------------------------------------------------------------------- */
+/* ---- weights --------------------------------------------------------------------------------- */
 
 static const char small_vae[] =
     VAE("\"block_out_channels\": [8, 8], \"down_block_types\": [\"DownEncoderBlock2D\", "
@@ -385,7 +385,7 @@ weights_under_other_names(void)
     }
 }
 
-/* ---- structure -------------------------------------------------------------------------------- */
+/* ---- structure ------------------------------------------------------------------------------- */
 
 static const char small_xl[] =
     UNET("\"block_out_channels\": [32, 64], \"down_block_types\": [\"DownBlock2D\", "

@@ -19,7 +19,7 @@ between(int64_t low, int64_t high)
     return low + (int64_t)((seed >> 33) % (uint64_t)(high - low + 1));
 }
 
-/* ---- replay -------------------------------------------------------------------------------------- */
+/* ---- replay ---------------------------------------------------------------------------------- */
 
 typedef struct replay {
     const ac_plan *plan;
@@ -112,7 +112,7 @@ check_addresses(const ac_plan *plan)
     free(r.maker);
 }
 
-/* ---- building ------------------------------------------------------------------------------------ */
+/* ---- building -------------------------------------------------------------------------------- */
 
 static ac_plan *
 plan_of(const char *json, const ac_build_args *args, uint32_t off)
@@ -168,7 +168,7 @@ check_real(const char *name, ac_build_args args)
     ac_plan_free(plan);
 }
 
-/* ---- tests --------------------------------------------------------------------------------------- */
+/* ---- tests ----------------------------------------------------------------------------------- */
 
 static void
 sd15_and_sdxl_stay_near_the_bound(void)
