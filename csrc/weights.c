@@ -136,7 +136,8 @@ check_binding(const char *name, const ac_tensor *tensor)
                         name, ac_shape_text(&tensor->shape, text));
     }
     if (count > 0 && !ac_tensor_is_contiguous(tensor)) {
-        return ac_error(AC_E_INVALID, "%s: found a strided tensor, expected a contiguous one", name);
+        return ac_error(AC_E_INVALID, "%s: found a strided tensor, expected a contiguous one",
+                        name);
     }
     if (count > 0 && !tensor->data) {
         return ac_error(AC_E_INVALID, "%s: found no data", name);
@@ -331,7 +332,7 @@ hash_bytes(const void *data, size_t bytes)
     const unsigned char *from = data;
     uint64_t lane[LANES], word[LANES];
     for (int i = 0; i < LANES; i++) {
-        lane[i] = MIX * (uint64_t)(i + 1); /* unlike: words that change lanes show */
+        lane[i] = AC_HASH_SEED;
     }
     size_t left = bytes;
     for (; left >= sizeof word; left -= sizeof word, from += sizeof word) {
