@@ -1,0 +1,385 @@
+"""The networks one by one, without PyTorch: UNet, VAE, TextEncoder.
+
+Each takes what diffusers' and transformers' folders hold (config.json and safetensors), or a config
+and a dict of tensors.  Inputs may be any DLPack producer on the CPU or a NumPy array.  Results are
+NumPy arrays; a bfloat16 result is an `accel.Tensor`, because NumPy has no such dtype.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import _core
+from ._core import DTypeError, FileError, InvalidArgument, ShapeError, UnsupportedError
+
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+# ---- arrays ------------------------------------------------------------------------------------
+
+
+def dtype_name(dtype):
+    """"float16" of a name, a NumPy dtype or a torch.dtype; None stays None."""
+    if dtype is None:
+        return None
+    name = dtype if isinstance(dtype, str) else str(dtype)
+    if not isinstance(dtype, str) and not name.startswith("torch."):
+        try:
+            name = np.dtype(dtype).name
+        except TypeError:
+            pass
+    name = name.removeprefix("torch.")
+    name = {"half": "float16", "float": "float32", "fp16": "float16", "fp32": "float32",
+            "bf16": "bfloat16"}.get(name, name)
+    if name not in FLOATS:
+        raise DTypeError(f"dtype: found {name!r}, expected one of {', '.join(FLOATS)}")
+    return name
+
+
+def array_dtype(x):
+    """Name of the dtype of a tensor of any library."""
+    return str(getattr(x, "dtype", "")).removeprefix("torch.")
+
+
+def tensor_shape(x, what, rank):
+    """Shape of `x` as a tuple; a ShapeError names `what` when it is no tensor of that rank."""
+    shape = getattr(x, "shape", None)
+    if shape is None:
+        raise DTypeError(f"{what}: found {type(x).__name__}, expected a tensor")
+    shape = tuple(int(d) for d in shape)
+    if len(shape) != rank or 0 in shape:
+        raise ShapeError(f"{what}: found {list(shape)}, expected {rank} dimensions, none of them 0")
+    return shape
+
+
+def empty(shape, dtype):
+    """A new contiguous array for a result."""
+    return _core.Tensor(shape, dtype) if dtype == "bfloat16" else np.empty(shape, dtype)
+
+
+def cast(x, dtype):
+    """`x` in `dtype`, contiguous; `x` itself where it has that dtype already."""
+    if array_dtype(x) == dtype:
+        return x
+    out = _core.Tensor(tuple(x.shape), dtype)
+    out.fill(x)
+    return out
+
+
+def to_numpy(x):
+    """`x` as a NumPy array; bfloat16 becomes float32."""
+    if isinstance(x, np.ndarray):
+        return x
+    if isinstance(x, _core.Tensor) or array_dtype(x) == "bfloat16":
+        return np.asarray(cast(x, "float32"))
+    return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
+
+
+# ---- folders -----------------------------------------------------------------------------------
+
+
+def read_json(path):
+    """The JSON object in a file; FileError or FormatError name it."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise _core.FormatError(f"{path}: not UTF-8 at byte {error.start}") from error
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _core.FormatError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise _core.FormatError(f"{path}: found {type(value).__name__}, expected an object")
+    return value
+
+
+def find_folder(folder, subfolders):
+    """The folder itself when it has a config.json, else the first subfolder that has one."""
+    folder = Path(folder)
+    for candidate in [folder, *(folder / s for s in subfolders)]:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise FileError(f"{folder}: found no config.json, neither there nor in "
+                    f"{' or '.join(subfolders)}")
+
+
+class Component:
+    """A network with its weights.  Subclasses say what its inputs and outputs are.
+
+    Parameters
+    ----------
+    config : dict
+        The content of config.json; its "_class_name" or "architectures" choose the network.
+    weights : dict of name to tensor
+        Any DLPack producers on the CPU or NumPy arrays of float dtypes, borrowed without a copy:
+        they must not be changed while a call runs.
+    device : str
+        "cpu", or "null" to plan without running.
+    dtype : str, optional
+        Of the results.  None: that of the first input.  On the CPU everything is computed in
+        float32 whatever the weights' dtype.
+
+    Raises
+    ------
+    UnsupportedError
+        For a class, config field or value that is not supported, by name.
+    WeightsError
+        With all unknown, missing and wrongly shaped weights in one message.
+    """
+
+    _classes = ()
+    _subfolders = ()
+    _stem = "diffusion_pytorch_model"
+
+    def __init__(self, config, weights, *, device="cpu", dtype=None, passes_off=""):
+        if not isinstance(config, Mapping):
+            raise InvalidArgument(f"config: found {type(config).__name__}, expected a dict")
+        self.config = dict(config)
+        self.dtype = dtype_name(dtype)
+        self.device = device
+        if not isinstance(weights, _core.Weights):
+            weights = self._borrow(weights)
+        self._weights = weights
+        self._check_class()
+        self._model = _core.Model(json.dumps(self.config), weights, device, passes_off)
+        self._io_cache = {}
+
+    @classmethod
+    def from_pretrained(cls, folder, *, variant=None, subfolder=None, device="cpu", dtype=None,
+                        passes_off=""):
+        """Maps the safetensors in a folder of diffusers' or transformers' layout.
+
+        `folder` is the component's own, or a whole pipeline's.  `variant="fp16"` picks
+        `<name>.fp16.safetensors`.  Sharded files are found through their index; a folder with only
+        pickled `.bin` files is refused, because reading one runs code from it.
+        """
+        folder = Path(folder) / subfolder if subfolder else Path(folder)
+        folder = find_folder(folder, cls._subfolders)
+        weights = _core.Weights()
+        weights.add_folder(folder, cls._stem, variant)
+        return cls(read_json(folder / "config.json"), weights, device=device, dtype=dtype,
+                   passes_off=passes_off)
+
+    @staticmethod
+    def _borrow(tensors):
+        if not isinstance(tensors, Mapping):
+            raise InvalidArgument(f"weights: found {type(tensors).__name__}, expected a dict of "
+                                  "names and tensors")
+        weights = _core.Weights()
+        for name, tensor in tensors.items():
+            weights.set(name, tensor)
+        return weights
+
+    def _check_class(self):
+        name = self.config.get("_class_name") or (self.config.get("architectures") or [None])[0]
+        if name not in self._classes:
+            raise UnsupportedError(f"config: found class {name!r}, expected "
+                                   f"{' or '.join(self._classes)} for {type(self).__name__}")
+
+    @property
+    def stats(self):
+        """Runs, plans, execs, bytes of arena and of what execs keep, and plan_ms."""
+        return self._model.stats()
+
+    @property
+    def derived(self):
+        """The weights accel made of the given ones: key, bytes, sources, valid."""
+        return self._weights.derived()
+
+    def explain(self, *, json=False, passes=False, **args):
+        """The plan for these sizes as text or JSON; see `_core.Model.explain` for the sizes."""
+        return self._model.explain(self._args(args), json, passes)
+
+    def _args(self, args):
+        return args
+
+    def _io_dtype(self, x, what):
+        dtype = self.dtype or array_dtype(x)
+        if dtype not in FLOATS:
+            raise DTypeError(f"{what}: found {dtype or type(x).__name__}, expected one of "
+                             f"{', '.join(FLOATS)}; or give dtype=")
+        return dtype
+
+    def _run(self, args, inputs, wanted=None):
+        """Runs for these args into new arrays; returns {output name: array}."""
+        key = tuple(sorted(args.items()))
+        io = self._io_cache.get(key)
+        if io is None:
+            if len(self._io_cache) > 64:
+                self._io_cache.clear()
+            io = self._io_cache[key] = self._model.io(args)
+        outputs = {name: empty(shape, dtype) for name, shape, dtype, is_output in io if is_output}
+        self._model.run(args, inputs, outputs)
+        return outputs if wanted is None else outputs[wanted]
+
+
+class UNet(Component):
+    """UNet2DConditionModel as SD 1.x, 2.x and SDXL use it."""
+
+    _classes = ("UNet2DConditionModel",)
+    _subfolders = ("unet",)
+
+    def __call__(self, sample, timestep, encoder_hidden_states, *, text_embeds=None, time_ids=None,
+                 encoder_attention_mask=None):
+        """Predicts noise, x0 or v for noisy latents.
+
+        Parameters
+        ----------
+        sample : [b, c, h, w] float
+        timestep : a number, or an array of 1 or b of them
+        encoder_hidden_states : [b, tokens, d] float
+        text_embeds : [b, d], time_ids : [b, 6 or 5], for SDXL
+        encoder_attention_mask : [b, tokens] of 1 (see) and 0 (hide), optional
+
+        Returns
+        -------
+        array [b, c_out, h, w] of the sample's dtype
+        """
+        batch, _, height, width = tensor_shape(sample, "sample", 4)
+        tokens = tensor_shape(encoder_hidden_states, "encoder_hidden_states", 3)[1]
+        dtype = self._io_dtype(sample, "sample")
+        times = self._times(timestep, batch)
+        args = {"entry": "forward", "batch": batch, "height": height, "width": width,
+                "tokens": tokens, "timesteps": len(times), "io_dtype": dtype}
+        inputs = {"sample": cast(sample, dtype), "timestep": times,
+                  "encoder_hidden_states": cast(encoder_hidden_states, dtype)}
+        if text_embeds is not None:
+            inputs["text_embeds"] = cast(text_embeds, dtype)
+        if time_ids is not None:
+            args["time_ids"] = tensor_shape(time_ids, "time_ids", 2)[1]
+            inputs["time_ids"] = cast(time_ids, dtype)
+        if encoder_attention_mask is not None:
+            args["masked"] = True
+            seen = to_numpy(encoder_attention_mask).astype(np.float32)
+            inputs["encoder_attention_mask"] = np.ascontiguousarray((1 - seen) * -10000.0)
+        return self._run(args, inputs, "sample")
+
+    @staticmethod
+    def _times(timestep, batch):
+        try:
+            times = np.array(to_numpy(timestep), dtype=np.float32).reshape(-1)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument(f"timestep: expected numbers: {error}") from error
+        if len(times) not in (1, batch) or not np.isfinite(times).all():
+            raise InvalidArgument(f"timestep: found {times.tolist()}, expected one finite number, "
+                                  f"or one for each of {batch} samples")
+        return times
+
+    def _args(self, args):
+        size = self.config.get("sample_size") or 64
+        height, width = (size, size) if isinstance(size, int) else size[:2]
+        return {"batch": 2, "height": height, "width": width, "tokens": 77, "timesteps": 1} | args
+
+
+@dataclass
+class Posterior:
+    """A diagonal Gaussian over latents, as `VAE.encode` returns it; float32 [b, c, h, w]."""
+
+    mean: np.ndarray
+    logvar: np.ndarray
+
+    @property
+    def std(self):
+        return np.exp(0.5 * self.logvar)
+
+    def mode(self):
+        return self.mean
+
+    def sample(self, generator):
+        """mean + std * normals of an `accel.Generator`, as diffusers draws them."""
+        noise = np.frombuffer(generator.normal(self.mean.size), np.float32)
+        return self.mean + self.std * noise.reshape(self.mean.shape)
+
+
+class VAE(Component):
+    """AutoencoderKL: images to latents and back."""
+
+    _classes = ("AutoencoderKL",)
+    _subfolders = ("vae",)
+
+    def encode(self, image):
+        """image [b, 3, h, w] in -1 .. 1 -> Posterior over latents (not scaled)."""
+        batch, _, height, width = tensor_shape(image, "image", 4)
+        dtype = self._io_dtype(image, "image")
+        args = {"entry": "encode", "batch": batch, "height": height, "width": width,
+                "io_dtype": dtype}
+        moments = np.asarray(self._run(args, {"sample": cast(image, dtype)}, "moments"), np.float32)
+        mean, logvar = np.split(moments, 2, axis=1)
+        return Posterior(mean, np.clip(logvar, -30.0, 20.0))
+
+    def decode(self, latents):
+        """latents [b, c, h, w] (not scaled) -> image [b, 3, 8h, 8w], about -1 .. 1."""
+        batch, _, height, width = tensor_shape(latents, "latents", 4)
+        dtype = self._io_dtype(latents, "latents")
+        args = {"entry": "decode", "batch": batch, "height": height, "width": width,
+                "io_dtype": dtype}
+        return self._run(args, {"latents": cast(latents, dtype)}, "sample")
+
+    @property
+    def scale_factor(self):
+        """Pixels along an axis for one latent pixel."""
+        return 2 ** (len(self.config.get("block_out_channels", (0,))) - 1)
+
+    def _args(self, args):
+        size = self.config.get("sample_size") or 512
+        if args.get("entry", "decode") == "decode":
+            size = math.ceil(size / self.scale_factor)
+        return {"entry": "decode", "batch": 1, "height": size, "width": size} | args
+
+
+@dataclass
+class TextOutput:
+    """What a text encoder returns.
+
+    `pooled` is CLIPTextModel's pooler_output or CLIPTextModelWithProjection's text_embeds, [b, d];
+    `hidden_states` the layers' inputs and the last one's output when asked for; `clip_skip` the
+    final layer norm of the layer that clip_skip names.
+    """
+
+    last_hidden_state: object = None
+    pooled: object = None
+    hidden_states: tuple | None = None
+    clip_skip: object = None
+
+
+class TextEncoder(Component):
+    """CLIPTextModel or CLIPTextModelWithProjection."""
+
+    _classes = ("CLIPTextModel", "CLIPTextModelWithProjection")
+    _subfolders = ("text_encoder", "text_encoder_2")
+    _stem = "model"
+
+    def __call__(self, input_ids, attention_mask=None, *, hidden_states=False, clip_skip=0):
+        """Encodes token ids [b, tokens] of any integer dtype; returns a TextOutput.
+
+        attention_mask : [b, tokens] of 1 (see) and 0 (hide), optional
+        clip_skip : k > 0 adds the final layer norm of hidden_states[-(k + 1)]
+        """
+        batch, tokens = tensor_shape(input_ids, "input_ids", 2)
+        ids = to_numpy(input_ids)
+        if ids.dtype.kind not in "iu":
+            raise DTypeError(f"input_ids: found {ids.dtype}, expected integers")
+        args = {"entry": "forward", "batch": batch, "tokens": tokens,
+                "io_dtype": self.dtype or "float32", "hidden_states": bool(hidden_states),
+                "clip_skip": clip_skip}
+        inputs = {"input_ids": np.ascontiguousarray(ids, np.int64)}
+        if attention_mask is not None:
+            args["masked"] = True
+            seen = to_numpy(attention_mask) != 0
+            inputs["attention_mask"] = np.where(seen, 0.0, np.finfo(np.float32).min).astype(
+                np.float32)
+        out = self._run(args, inputs)
+        states = [out[f"hidden_states.{i}"] for i in range(len(out))
+                  if f"hidden_states.{i}" in out]
+        return TextOutput(out.get("last_hidden_state"),
+                          out.get("text_embeds", out.get("pooler_output")),
+                          tuple(states) or None, out.get("clip_skip"))
+
+    def _args(self, args):
+        return {"batch": 1, "tokens": self.config.get("max_position_embeddings", 77)} | args

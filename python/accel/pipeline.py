@@ -1,0 +1,443 @@
+"""Text to image from a diffusers model folder, without PyTorch.
+
+    prompts -> tokenizer -> text encoder(s) -> [the loop: UNet, guidance, scheduler] -> VAE -> images
+"""
+
+import math
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import _core, images, schedules
+from ._core import FileError, InvalidArgument, ShapeError, UnsupportedError
+from .components import VAE, TextEncoder, UNet, read_json, to_numpy
+from .tokenizer import Tokenizer
+
+_SD = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
+       "StableDiffusionInpaintPipeline")
+_SDXL = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline",
+         "StableDiffusionXLInpaintPipeline")
+MAX_SIZE = 16384  # pixels along an axis
+
+
+@dataclass
+class PipelineOutput:
+    """`images`: a list of PIL images, or an array; `seeds`: what was drawn from, None for a
+    generator of the caller."""
+
+    images: object
+    seeds: object = None
+
+
+@dataclass
+class Conditions:
+    """What the prompt becomes: positive and negative states, each [n, tokens, d]; SDXL also pooled
+    [n, d]."""
+
+    states: np.ndarray
+    negative_states: np.ndarray | None = None
+    pooled: np.ndarray | None = None
+    negative_pooled: np.ndarray | None = None
+
+
+class Pipeline:
+    """Stable Diffusion 1.x, 2.x or XL.
+
+    Make one with `from_pretrained`.  `unet`, `vae`, `text_encoders`, `tokenizers` and
+    `scheduler_config` may be replaced.  Any number of threads may call one pipeline.
+
+        >>> pipe = accel.Pipeline.from_pretrained(accel.demo_model())
+        >>> pipe("a red house by a lake at night", seed=1).images[0].save("house.png")
+    """
+
+    def __init__(self, *, unet, vae, text_encoders, tokenizers, scheduler_config, config=None):
+        if len(text_encoders) != len(tokenizers) or not text_encoders:
+            raise InvalidArgument(f"text_encoders: found {len(text_encoders)} with "
+                                  f"{len(tokenizers)} tokenizers, expected as many")
+        self.unet = unet
+        self.vae = vae
+        self.text_encoders = list(text_encoders)
+        self.tokenizers = list(tokenizers)
+        self.scheduler_config = dict(scheduler_config)
+        self.config = dict(config or {})
+        self.is_xl = unet.config.get("addition_embed_type") == "text_time"
+        self._check()
+
+    @classmethod
+    def from_pretrained(cls, folder, *, device="cpu", dtype=None, variant=None, passes_off=""):
+        """Loads a folder of the StableDiffusionPipeline or StableDiffusionXLPipeline layout.
+
+        Parameters
+        ----------
+        folder : path
+            With model_index.json.  Weights are safetensors, sharded or not; they are mapped, not
+            read.
+        device : str
+            "cpu".
+        dtype : str, optional
+            For other devices than the CPU, which computes in float32 whatever the files hold.
+        variant : str, optional
+            "fp16" reads `<name>.fp16.safetensors`.
+
+        Raises
+        ------
+        FileError, FormatError, WeightsError, UnsupportedError
+            With the file, the weight or the config field by name.
+        """
+        folder = Path(folder)
+        if folder.is_file():
+            raise UnsupportedError(f"{folder}: found a file, expected a folder with "
+                                   "model_index.json; diffusers converts single-file checkpoints: "
+                                   "StableDiffusionPipeline.from_single_file(...).save_pretrained")
+        index = read_json(folder / "model_index.json")
+        name = index.get("_class_name")
+        if name not in _SD + _SDXL:
+            raise UnsupportedError(f"{folder}: found class {name!r}, expected {_SD[0]} or "
+                                   f"{_SDXL[0]}")
+        options = {"device": device, "variant": variant, "passes_off": passes_off}
+        encoders, tokenizers = [], []
+        for suffix in ("", "_2"):
+            part = index.get(f"text_encoder{suffix}")
+            if part and part[0]:
+                encoders.append(TextEncoder.from_pretrained(folder / f"text_encoder{suffix}",
+                                                            **options))
+                tokenizers.append(Tokenizer(folder / f"tokenizer{suffix}"))
+        if dtype is not None:
+            from .components import dtype_name
+
+            dtype_name(dtype)
+        return cls(unet=UNet.from_pretrained(folder / "unet", **options),
+                   vae=VAE.from_pretrained(folder / "vae", **options),
+                   text_encoders=encoders, tokenizers=tokenizers, config=index,
+                   scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"))
+
+    def _check(self):
+        inputs = self.unet.config.get("in_channels", 4)
+        latents = self.vae.config.get("latent_channels", 4)
+        if inputs != latents:
+            raise UnsupportedError(f"unet: found {inputs} input channels with {latents} latent "
+                                   "channels; text to image needs as many, inpainting models have "
+                                   "more")
+        if self.is_xl and self.config.get("requires_aesthetics_score"):
+            raise UnsupportedError("this is the SDXL refiner, which starts from an image; text to "
+                                   "image needs the base model")
+
+    # ---- the call --------------------------------------------------------------------------------
+
+    def __call__(self, prompt, *, negative_prompt=None, prompt_2=None, negative_prompt_2=None,
+                 num_inference_steps=50, guidance_scale=None, guidance_rescale=0.0, seed=None,
+                 generator=None, num_images_per_prompt=1, height=None, width=None, scheduler=None,
+                 eta=0.0, clip_skip=None, latents=None, callback=None, callback_on_step_end=None,
+                 cancel=None, output_type="pil", progress_bar=True, original_size=None,
+                 crops_coords_top_left=(0, 0), target_size=None):
+        """Makes images from a prompt or a list of them.
+
+        Parameters
+        ----------
+        prompt, negative_prompt : str or list of str
+            A list gives num_images_per_prompt images for each.  `prompt_2` and
+            `negative_prompt_2` go to SDXL's second encoder instead.
+        num_inference_steps : int
+        guidance_scale : float
+            7.5 unless told, 5.0 for SDXL.  At most 1 means no guidance.
+        guidance_rescale : float
+            0 .. 1; 0.7 for models with a terminal SNR of 0.
+        seed : int or list of int
+            One for the batch, or one for each image; the same latents as
+            torch.Generator("cpu").manual_seed(seed) gives diffusers.
+        generator : accel.Generator or list of them
+            Instead of a seed, to go on with.
+        height, width : int
+            Pixels, multiples of 8.  The model's own size unless told.
+        scheduler : str or dict
+            "ddim", "pndm", "euler", "euler_a", "dpm++", "dpm++_sde", with "_karras" behind where
+            it applies; a diffusers class name; or a whole scheduler_config.
+        eta : float
+            DDIM's share of noise.
+        clip_skip : int
+            Layers of the text encoder to leave out.
+        latents : [n, c, h/8, w/8] float, optional
+            Instead of drawn ones; multiplied by the scheduler's first sigma, as in diffusers.
+        callback : callable(step, timestep, latents)
+            After each row; may change `latents` (float32 NumPy) in place; True stops the run.
+        callback_on_step_end : callable(pipe, step, timestep, {"latents": ...})
+            As in diffusers; the dict it returns may hold new latents.
+        cancel : accel.Cancel
+            Its cancel() ends the run from another thread with `Cancelled`.
+        output_type : "pil", "np" (float32 [n, h, w, 3] in 0 .. 1) or "latent"
+        progress_bar : bool
+        original_size, crops_coords_top_left, target_size : (height, width)
+            SDXL's size conditioning.
+
+        Returns
+        -------
+        PipelineOutput
+
+        Raises
+        ------
+        InvalidArgument, ShapeError, UnsupportedError
+            Naming the argument.
+        """
+        prompts = _texts(prompt, "prompt")
+        guidance = self._guidance(guidance_scale)
+        if output_type not in ("pil", "np", "latent"):
+            raise InvalidArgument(f"output_type: found {output_type!r}, expected \"pil\", \"np\" or "
+                                  "\"latent\"")
+        height, width = self._size(height, "height", 0), self._size(width, "width", 1)
+        count = len(prompts) * _integer(num_images_per_prompt, "num_images_per_prompt", 1, 1024)
+        schedule = schedules.make(self._scheduler(scheduler), num_inference_steps, eta)
+        generators, seeds = _generators(seed, generator, count)
+
+        conditions = self._encode(prompts, negative_prompt, prompt_2, negative_prompt_2,
+                                  guidance > 1, clip_skip)
+        inputs = self._inputs(conditions, count // len(prompts), guidance > 1)
+        if self.is_xl:
+            sizes = [original_size or (height, width), crops_coords_top_left,
+                     target_size or (height, width)]
+            inputs["time_ids"] = _time_ids(sizes, len(inputs["text_embeds"]))
+        latents = self._latents(latents, count, height, width, generators, schedule)
+        with _Progress(self, schedule, latents, progress_bar, callback,
+                       callback_on_step_end) as progress:
+            _core.denoise(self.unet._model, schedule, latents, inputs, generators,
+                          guidance_scale=guidance,
+                          guidance_rescale=_number(guidance_rescale, "guidance_rescale"),
+                          callback=progress.step, cancel=cancel)
+        return PipelineOutput(self._finish(latents, output_type), seeds)
+
+    def _guidance(self, scale):
+        if scale is None:
+            return 5.0 if self.is_xl else 7.5
+        return _number(scale, "guidance_scale")
+
+    def _size(self, size, what, axis):
+        factor = self.vae.scale_factor
+        if size is None:
+            size = self.unet.config.get("sample_size") or 64
+            size = size[axis] if isinstance(size, list) else size
+            if not self.is_xl and size < 64 and _is_before_0_9(self.unet.config):
+                size = 64  # the first published configs say 32 and mean 64
+            return size * factor
+        size = _integer(size, what, factor, MAX_SIZE)
+        if size % factor:
+            raise InvalidArgument(f"{what}: found {size}, expected a multiple of {factor}")
+        return size
+
+    def _scheduler(self, scheduler):
+        # StableDiffusionPipeline mends these two in old folders, the XL one does not.
+        mends = {} if self.is_xl else {"steps_offset": 1, "clip_sample": False}
+        return schedules.resolve(self.scheduler_config, scheduler, mends=mends)
+
+    # ---- prompts ---------------------------------------------------------------------------------
+
+    def _encode(self, prompts, negative, prompt_2, negative_2, guided, clip_skip):
+        """Conditions for n prompts."""
+        skip = 0 if clip_skip is None else _integer(clip_skip, "clip_skip", 0, 256)
+        n = len(prompts)
+        second = _texts(prompt_2, "prompt_2", n) if prompt_2 else prompts
+        states, pooled = self._run_encoders([prompts, second], skip)
+        conditions = Conditions(states, pooled=pooled)
+        if not guided:
+            return conditions
+        if self.is_xl and negative is None and self.config.get("force_zeros_for_empty_prompt",
+                                                               True):
+            conditions.negative_states = np.zeros_like(states)
+            conditions.negative_pooled = np.zeros_like(pooled)
+            return conditions
+        negatives = _texts(negative or "", "negative_prompt", n)
+        second = _texts(negative_2, "negative_prompt_2", n) if negative_2 else negatives
+        # as diffusers does, the negative prompt is never skipped
+        conditions.negative_states, conditions.negative_pooled = self._run_encoders(
+            [negatives, second], 0)
+        return conditions
+
+    def _run_encoders(self, texts, skip):
+        """States [n, tokens, sum of d] and pooled [n, d] of the last encoder that projects."""
+        all_states, pooled = [], None
+        for tokenizer, encoder, prompts in zip(self.tokenizers, self.text_encoders,
+                                               texts[-len(self.tokenizers):] if self.is_xl
+                                               else texts, strict=False):
+            ids = tokenizer(prompts)
+            if self.is_xl:
+                out = encoder(ids, hidden_states=True)
+                wanted = -(skip + 2)
+                if -wanted > len(out.hidden_states):
+                    raise InvalidArgument(f"clip_skip: found {skip}, expected at most "
+                                          f"{len(out.hidden_states) - 2}")
+                all_states.append(out.hidden_states[wanted])
+                if encoder.config.get("architectures") == ["CLIPTextModelWithProjection"]:
+                    pooled = out.pooled
+            else:
+                out = encoder(ids, clip_skip=skip)
+                all_states.append(out.clip_skip if skip else out.last_hidden_state)
+        if self.is_xl and pooled is None:
+            raise UnsupportedError("text_encoder: found no CLIPTextModelWithProjection, which SDXL "
+                                   "takes its pooled states from")
+        return np.concatenate([to_numpy(s) for s in all_states], axis=-1), pooled
+
+    def _inputs(self, c, repeat, guided):
+        """What the UNet gets by name: negative ones first, each prompt's images in a row."""
+
+        def batch(negative, positive):
+            parts = [negative, positive] if guided else [positive]
+            return np.ascontiguousarray(
+                np.concatenate([np.repeat(p, repeat, axis=0) for p in parts]), np.float32)
+
+        inputs = {"encoder_hidden_states": batch(c.negative_states, c.states)}
+        if self.is_xl:
+            inputs["text_embeds"] = batch(c.negative_pooled, c.pooled)
+        return inputs
+
+    # ---- latents ---------------------------------------------------------------------------------
+
+    def _latents(self, given, count, height, width, generators, schedule):
+        factor = self.vae.scale_factor
+        shape = (count, self.unet.config.get("in_channels", 4), height // factor, width // factor)
+        if given is not None:
+            x = np.array(to_numpy(given), np.float32)
+            if x.shape != shape:
+                raise ShapeError(f"latents: found {list(x.shape)}, expected {list(shape)}")
+        elif len(generators) == 1:
+            x = _normals(generators[0], shape)
+        else:
+            x = np.concatenate([_normals(g, (1, *shape[1:])) for g in generators])
+        return np.ascontiguousarray(x * np.float32(schedule.init_noise_sigma))
+
+    def _finish(self, latents, output_type):
+        if output_type == "latent":
+            return latents
+        mean, std = self.vae.config.get("latents_mean"), self.vae.config.get("latents_std")
+        scaling = self.vae.config.get("scaling_factor", 0.18215)
+        if self.is_xl and mean is not None and std is not None:
+            mean, std = (np.array(v, np.float32).reshape(1, -1, 1, 1) for v in (mean, std))
+            latents = latents * std / scaling + mean
+        else:
+            latents = latents / np.float32(scaling)
+        # one by one: the VAE's activations are the largest of all
+        floats = np.concatenate([images.to_float(self.vae.decode(latents[i:i + 1]))
+                                 for i in range(len(latents))])
+        return images.to_pil(floats) if output_type == "pil" else floats
+
+
+class _Progress:
+    """The bar and the callbacks of one run."""
+
+    def __init__(self, pipe, schedule, latents, bar, callback, on_step_end):
+        for what, function in (("callback", callback), ("callback_on_step_end", on_step_end)):
+            if function is not None and not callable(function):
+                raise InvalidArgument(f"{what}: found {type(function).__name__}, expected a "
+                                      "callable")
+        self.pipe, self.latents = pipe, latents
+        self.callback, self.on_step_end = callback, on_step_end
+        self.counts = [row["counts"] for row in schedule.rows]
+        self.bar = None
+        if bar:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=sum(self.counts))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar is not None:
+            self.bar.close()
+
+    def step(self, index, timestep):
+        """Called by the engine after row `index`; True stops."""
+        stop = False
+        if self.callback is not None:
+            stop = bool(self.callback(index, timestep, self.latents))
+        if self.on_step_end is not None:
+            said = self.on_step_end(self.pipe, index, timestep, {"latents": self.latents})
+            if said and said.get("latents") is not self.latents and "latents" in said:
+                self.latents[...] = to_numpy(said["latents"])
+        if self.bar is not None and self.counts[index]:
+            self.bar.update()
+        return stop
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def _texts(value, what, count=None):
+    """A list of strings; one string stands for all `count`."""
+    texts = [value] * (count or 1) if isinstance(value, str) else value
+    if (not isinstance(texts, list | tuple) or not texts
+            or not all(isinstance(t, str) for t in texts)):
+        raise InvalidArgument(f"{what}: found {value!r:.100}, expected a string or a list of them")
+    if count is not None and len(texts) != count:
+        raise InvalidArgument(f"{what}: found {len(texts)} of them, expected {count}, one for each "
+                              "prompt")
+    return list(texts)
+
+
+def _integer(value, what, least, most):
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = int(value.__index__())
+    except (AttributeError, TypeError) as error:
+        raise InvalidArgument(f"{what}: found {value!r:.100}, expected an integer") from error
+    if not least <= number <= most:
+        raise InvalidArgument(f"{what}: found {number}, expected {least} to {most}")
+    return number
+
+
+def _number(value, what):
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidArgument(f"{what}: found {value!r:.100}, expected a number") from error
+    if not math.isfinite(number):
+        raise InvalidArgument(f"{what}: found {number}, expected a finite number")
+    return number
+
+
+def _generators(seed, generator, count):
+    """Generators for `count` images, one or as many, and the seeds they were made of."""
+    if seed is not None and generator is not None:
+        raise InvalidArgument("seed: found a generator as well, expected one of the two")
+    if generator is not None:
+        generators = list(generator) if isinstance(generator, list | tuple) else [generator]
+        for g in generators:
+            if not isinstance(g, _core.Rng):
+                raise InvalidArgument(f"generator: found {type(g).__name__}, expected "
+                                      "accel.Generator; of a PyTorch one, take "
+                                      "accel.Generator.from_torch_state(g.get_state().numpy())")
+        seeds = None
+    else:
+        seeds = secrets.randbits(32) if seed is None else seed
+        each = list(seeds) if isinstance(seeds, list | tuple) else [seeds]
+        generators = [_core.Rng(_integer(s, "seed", -2**63, 2**64 - 1)) for s in each]
+    if len(generators) not in (1, count):
+        raise InvalidArgument(f"seed: found {len(generators)}, expected one, or one for each of "
+                              f"{count} images")
+    return generators, seeds
+
+
+def _normals(generator, shape):
+    return np.frombuffer(generator.normal(math.prod(shape)), np.float32).reshape(shape)
+
+
+def _time_ids(sizes, batch):
+    """SDXL's six numbers a row: original size, crop, target size."""
+    row = []
+    for size in sizes:
+        if not isinstance(size, list | tuple) or len(size) != 2:
+            raise InvalidArgument(f"original_size, crops_coords_top_left, target_size: found "
+                                  f"{size!r:.100}, expected two numbers")
+        row += [_number(v, "original_size, crops_coords_top_left, target_size") for v in size]
+    return np.tile(np.array(row, np.float32), (batch, 1))
+
+
+def _is_before_0_9(config):
+    version = str(config.get("_diffusers_version", "1")).split(".")
+    try:
+        return (int(version[0]), int(version[1])) < (0, 9)
+    except (ValueError, IndexError):
+        return False
+
+
+__all__ = ["FileError", "Pipeline", "PipelineOutput"]

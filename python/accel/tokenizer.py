@@ -1,0 +1,130 @@
+"""CLIP's tokenizer, by the `tokenizers` package, from the files of a model folder.
+
+Byte-level BPE over lower-cased, NFC-normalised text with collapsed white space; a word's last piece
+carries `</w>`.  A text is <start> pieces <end>, cut and padded to one length.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from ._core import FileError, FormatError, InvalidArgument
+from .components import read_json
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+# Contractions, runs of letters, single digits, runs of other signs: how CLIP was trained.
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class TruncationWarning(UserWarning):
+    """A prompt was longer than the text encoder can take."""
+
+
+def _content(token):
+    """A special token is a string, or an object that has it as "content"."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _from_vocabulary(folder):
+    vocabulary = read_json(folder / "vocab.json")
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{folder / 'merges.txt'}: {error}") from error
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    try:
+        model = BPE(vocab=vocabulary, merges=merges, unk_token=END, end_of_word_suffix="</w>",
+                    continuing_subword_prefix="", fuse_unk=False)
+    except Exception as error:  # the package raises plain Exception for all of them
+        raise FormatError(f"{folder}: vocab.json and merges.txt do not fit: {error}") from error
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([t for t in (START, END) if t in vocabulary])
+    return tokenizer
+
+
+class Tokenizer:
+    """Texts to token ids.
+
+    Parameters
+    ----------
+    folder : path
+        With tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json and
+        special_tokens_map.json are read where they are.
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        if (folder / "tokenizer.json").is_file():
+            try:
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            except Exception as error:  # the package raises plain Exception for all of them
+                raise FormatError(f"{folder / 'tokenizer.json'}: {error}") from error
+        elif (folder / "vocab.json").is_file():
+            self._tokenizer = _from_vocabulary(folder)
+        else:
+            raise FileError(f"{folder}: found neither tokenizer.json nor vocab.json and merges.txt")
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        config = self._settings(folder)
+        length = config.get("model_max_length", 77)
+        # transformers writes 1e30 for "no limit"; CLIP always has one
+        self.max_length = int(length) if isinstance(length, int | float) and length < 1e6 else 77
+        self.start = self._id(config, "bos_token", START)
+        self.end = self._id(config, "eos_token", END)
+        self.pad = self._id(config, "pad_token", END)
+
+    @staticmethod
+    def _settings(folder):
+        config = {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (folder / name).is_file():
+                config |= read_json(folder / name)
+        return config
+
+    def _id(self, config, key, default):
+        text = _content(config.get(key)) or default
+        number = self._tokenizer.token_to_id(text)
+        if number is None:
+            raise FormatError(f"{key}: {json.dumps(text)} is not in the vocabulary")
+        return number
+
+    def pieces(self, text):
+        """Token ids of one text, without start and end."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return list(ids)
+
+    def decode(self, ids):
+        """The text of token ids."""
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text.replace("</w>", " ").strip()
+
+    def __call__(self, texts, max_length=None):
+        """ids [n, max_length] int64 of a text or a list of them.
+
+        What does not fit is cut, with a TruncationWarning that says what.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        length = max_length or self.max_length
+        out = np.full((len(texts), length), self.pad, np.int64)
+        for row, text in zip(out, texts, strict=True):
+            if not isinstance(text, str):
+                raise InvalidArgument(f"prompt: found {type(text).__name__}, expected a string")
+            ids = self.pieces(text)
+            if len(ids) > length - 2:
+                warnings.warn(
+                    f"the prompt has {len(ids) + 2} tokens and the text encoder takes {length}; "
+                    f"cut: {self.decode(ids[length - 2:])!r}", TruncationWarning, stacklevel=4)
+                ids = ids[:length - 2]
+            row[:len(ids) + 2] = [self.start, *ids, self.end]
+        return out
