@@ -124,8 +124,8 @@ totals_text(const ac_plan *plan, ac_text *text)
                        ac_rate_name((ac_rate)r), plan->first[r + 1] - plan->first[r],
                        t.flops[r] / 1e9, t.bytes[r] / 1e6);
     }
-    ac_text_printf(text, "arena %.2f MB, %.3f x the live-range lower bound of %.2f MB; kept between "
-                         "runs %.2f MB; derived weights %d, %.2f MB\n",
+    ac_text_printf(text, "arena %.2f MB, %.3f x the live-range lower bound of %.2f MB; kept "
+                         "between runs %.2f MB; derived weights %d, %.2f MB\n",
                    (double)plan->arena_bytes / 1e6, ratio(plan), (double)plan->bound_bytes / 1e6,
                    (double)plan->keep_bytes / 1e6, plan->n_derived, t.derived / 1e6);
 }

@@ -8,7 +8,7 @@
  *                          8 angles); when the count is no multiple of 16, the last 16 elements
  *                          are drawn again from 16 fresh uniforms;
  *   float16 and bfloat16   the same block by block (16 uniforms, 16 normals, ...), rounded at the
- *                          end: equal to float32 where the count is a multiple of 16, not elsewhere.
+ *                          end: equal to float32 where the count is a multiple of 16, not else.
  */
 #ifndef AC_RNG_H
 #define AC_RNG_H
@@ -18,7 +18,7 @@
 typedef struct ac_rng {
     uint32_t state[624];
     int32_t left, next; /* words before the next refill, plus one; index of the next word */
-    bool has_cached;    /* second value of the scalar Box-Muller, kept between calls as PyTorch does */
+    bool has_cached;    /* second value of the scalar Box-Muller, kept as PyTorch does */
     double cached;
     uint64_t seed;      /* as given; only told back in ac_rng_to_torch */
 } ac_rng;

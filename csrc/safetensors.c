@@ -172,9 +172,9 @@ check_cover(const ac_safetensor *const *sorted, int32_t count, size_t data_bytes
     for (int32_t i = 0; i < count; i++) {
         const ac_safetensor *t = sorted[i];
         if (t->offset != covered) {
-            return ac_error(AC_E_FORMAT, "%s: tensor \"%.200s\": found data from byte %zu, expected "
-                            "from %zu, where the one before ends (%s)", path, t->name, t->offset,
-                            covered, t->offset < covered ? "they overlap" : "a hole");
+            return ac_error(AC_E_FORMAT, "%s: tensor \"%.200s\": found data from byte %zu, "
+                            "expected from %zu, where the one before ends (%s)", path, t->name,
+                            t->offset, covered, t->offset < covered ? "they overlap" : "a hole");
         }
         covered += t->bytes;
     }

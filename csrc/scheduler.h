@@ -51,7 +51,7 @@ typedef struct ac_schedule {
 
 typedef struct ac_sched_options {
     int32_t num_inference_steps; /* 1 .. num_train_timesteps (diffusers' own limits apply) */
-    double eta;                  /* DDIM and friends; pipe(eta=); others ignore it as diffusers does */
+    double eta;                  /* DDIM and friends; pipe(eta=); others ignore it, as diffusers */
     int32_t begin;               /* img2img: rows of scheduler.timesteps[begin:], multistep samplers
                                     start without history there; 0: all rows */
 } ac_sched_options;

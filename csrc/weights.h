@@ -36,7 +36,7 @@ ac_status ac_weights_add_constant(ac_weights *weights, const char *name, const a
  * The mapping lasts while a tensor of it is bound; shortening the file meanwhile is a SIGBUS. */
 ac_status ac_weights_add_file(ac_weights *weights, const char *path);
 /* `<folder>/<stem>.safetensors`, or the shards named by `<stem>.safetensors.index.json`; with a
- * variant "fp16": `<stem>.fp16.safetensors`.  A folder with only .bin pickles is refused by name. */
+ * variant "fp16": `<stem>.fp16.safetensors`.  A folder of .bin pickles alone is refused by name. */
 ac_status ac_weights_add_folder(ac_weights *weights, const char *folder, const char *stem,
                                 const char *variant);
 

@@ -310,7 +310,9 @@ nothing_found(folder *f, const char *wanted, const char *variant)
     }
     return ac_error(AC_E_IO, "%s: found %s%s, expected %s or its index%s", f->path,
                     *tensors ? "" : "no weights", tensors, wanted,
-                    !*tensors ? "" : variant ? "; try another variant" : "; does it want variant=?");
+                    !*tensors ? ""
+                    : variant ? "; try another variant"
+                              : "; does it want variant=?");
 }
 
 static ac_status

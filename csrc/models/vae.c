@@ -230,7 +230,11 @@ smallest(const void *config, const char *entry, ac_build_args *args)
 static const struct {
     const char *old, *today;
 } attention_names[] = {
-    {".query.", ".to_q."}, {".key.", ".to_k."}, {".value.", ".to_v."}, {".proj_attn.", ".to_out.0."}};
+    {".query.", ".to_q."},
+    {".key.", ".to_k."},
+    {".value.", ".to_v."},
+    {".proj_attn.", ".to_out.0."},
+};
 
 static bool
 weight_name(const char *found, char *out_name, size_t size)

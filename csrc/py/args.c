@@ -74,8 +74,8 @@ read_text(ac_py_state *state, const field *f, PyObject *value, void *to)
     if (f->kind == 's') {
         const char *entry = static_entry(text);
         if (!entry) {
-            ac_py_error(state, AC_E_INVALID, "%s: found \"%.64s\", expected \"forward\", \"encode\" "
-                                             "or \"decode\"", f->name, text ? text : "");
+            ac_py_error(state, AC_E_INVALID, "%s: found \"%.64s\", expected \"forward\", "
+                                             "\"encode\" or \"decode\"", f->name, text ? text : "");
             return -1;
         }
         *(const char **)to = entry;

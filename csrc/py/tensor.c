@@ -76,8 +76,8 @@ static int
 view_of_dl(ac_py_state *state, const DLTensor *dl, const char *what, ac_tensor *out)
 {
     if (dl->device.device_type != DL_CPU && dl->device.device_type != DL_CUDA_HOST) {
-        ac_py_error(state, AC_E_DEVICE, "%s: found a tensor on device type %d, expected one in host "
-                                        "memory; move it to the CPU first", what,
+        ac_py_error(state, AC_E_DEVICE, "%s: found a tensor on device type %d, expected one in "
+                                        "host memory; move it to the CPU first", what,
                     (int)dl->device.device_type);
         return -1;
     }
@@ -88,8 +88,8 @@ view_of_dl(ac_py_state *state, const DLTensor *dl, const char *what, ac_tensor *
     }
     *out = (ac_tensor){.shape.rank = dl->ndim};
     if (!dtype_from_dl(dl->dtype, &out->dtype)) {
-        ac_py_error(state, AC_E_DTYPE, "%s: found a dtype of kind %d with %d bits, expected a float, "
-                                       "an integer of at most 64 bits or bool", what,
+        ac_py_error(state, AC_E_DTYPE, "%s: found a dtype of kind %d with %d bits, expected a "
+                                       "float, an integer of at most 64 bits or bool", what,
                     (int)dl->dtype.code, (int)dl->dtype.bits);
         return -1;
     }
@@ -149,8 +149,8 @@ check_device(ac_py_state *state, PyObject *object, const char *what)
         return -1;
     }
     if (type != DL_CPU && type != DL_CUDA_HOST) {
-        ac_py_error(state, AC_E_DEVICE, "%s: found a tensor on %s %d, expected one on the CPU; move "
-                                        "it there first", what,
+        ac_py_error(state, AC_E_DEVICE, "%s: found a tensor on %s %d, expected one on the CPU; "
+                                        "move it there first", what,
                     type == DL_CUDA ? "cuda device" : "DLPack device type", type == DL_CUDA ? index
                                                                                             : type);
         return -1;

@@ -128,8 +128,8 @@ tensor_array(PyObject *self, PyObject *args, PyObject *keywords)
     }
     const ac_tensor *t = &((tensor_object *)self)->tensor;
     if (!ac_dtype_is_float(t->dtype)) {
-        return ac_py_error(ac_py_state_of(self), AC_E_DTYPE, "__array__: found %s, expected a float",
-                           ac_dtype_name(t->dtype));
+        return ac_py_error(ac_py_state_of(self), AC_E_DTYPE,
+                           "__array__: found %s, expected a float", ac_dtype_name(t->dtype));
     }
     int64_t count = ac_tensor_count(t);
     PyObject *bytes = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(count * 4));

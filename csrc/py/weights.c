@@ -56,7 +56,8 @@ weights_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
     if (!PyArg_ParseTupleAndKeywords(args, keywords, ":Weights", names)) {
         return NULL;
     }
-    weights_object *self = (weights_object *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    weights_object *self = (weights_object *)alloc(type, 0);
     if (!self) {
         return NULL;
     }

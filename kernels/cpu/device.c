@@ -44,8 +44,8 @@ choose_isa(int32_t *out)
             *out = i;
             return i <= best ? AC_OK
                              : ac_error(AC_E_UNSUPPORTED,
-                                        "ACCEL_CPU: found \"%s\", expected at most \"%s\", which is "
-                                        "what this CPU has",
+                                        "ACCEL_CPU: found \"%s\", expected at most \"%s\", which "
+                                        "is what this CPU has",
                                         forced, isa_names[best]);
         }
     }

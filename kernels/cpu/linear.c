@@ -46,7 +46,8 @@ tile(void *arg, int64_t index, void *scratch)
                              n * ac_plain_column_stride(residual);
                 y += ac_element_get(residual->data, residual->dtype, at);
             }
-            int64_t at = ac_plain_row(&p->output, row0 + r) + n * ac_plain_column_stride(&p->output);
+            int64_t at =
+                ac_plain_row(&p->output, row0 + r) + n * ac_plain_column_stride(&p->output);
             ac_element_set(p->output.data, p->output.dtype, at, y);
         }
     }

@@ -1,6 +1,6 @@
 /* up_conv2d: 3x3 convolution of the nearest-2x enlarged image, as four 2x2 convolutions.
  *
- *     y[2i + a, 2j + b] = act(sum over t, u of w[2a + b][., ., t, u] x[i - 1 + a + t, j - 1 + b + u]
+ *     y[2i + a, 2j + b] = act(sum over t, u of w[2a + b][., ., t, u] x[i-1 + a + t, j-1 + b + u]
  *                             + bias) + residual                 a, b, t, u in {0, 1}
  *
  * Plain: a tile is one output row by 64 output channels; pixels of one parity share the filter.

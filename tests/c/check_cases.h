@@ -62,7 +62,8 @@ linear_cases(case_list *list)
             c->shape[AC_LINEAR_RESIDUAL] = variant & 1 ? c->shape[AC_LINEAR_RESIDUAL] : absent;
             c->shape[AC_LINEAR_X2] = two ? c->shape[AC_LINEAR_X2] : absent;
             c->attr.linear.gated = variant == 2;
-            c->attr.linear.act = variant == 2 ? AC_ACT_GELU : (ac_act)((i + variant) % AC_ACT_COUNT);
+            ac_act other = (ac_act)((i + variant) % AC_ACT_COUNT);
+            c->attr.linear.act = variant == 2 ? AC_ACT_GELU : other;
             c->strided = variant >= 4;
         }
     }
@@ -157,8 +158,9 @@ attention_cases(case_list *list)
 {
     /* batch, queries, keys, heads, head size */
     static const int32_t small[][5] = {{1, 1, 1, 1, 8},     {2, 7, 9, 3, 5},    {1, 33, 77, 2, 40},
-                                       {2, 65, 65, 2, 64},  {1, 20, 300, 1, 80}, {1, 100, 30, 2, 160},
-                                       {3, 77, 77, 4, 16},  {1, 40, 70, 1, 512}, {1, 130, 260, 2, 24}};
+                                       {2, 65, 65, 2, 64},  {1, 20, 300, 1, 80}, {3, 77, 77, 4, 16},
+                                       {1, 40, 70, 1, 512}, {1, 100, 30, 2, 160},
+                                       {1, 130, 260, 2, 24}};
     for (size_t i = 0; i < AC_ARRAY_LEN(small); i++) {
         const int32_t *s = small[i];
         int64_t c = s[3] * s[4];
@@ -182,8 +184,8 @@ attention_cases(case_list *list)
     for (size_t i = 0; i < AC_ARRAY_LEN(real); i++) {
         const int32_t *s = real[i];
         int64_t c = s[3] * s[4];
-        check_case *k = CASE(list, AC_OP_ATTENTION, AC_SHAPE(s[0], s[1], c), AC_SHAPE(s[0], s[2], c),
-                             AC_SHAPE(s[0], s[2], c));
+        check_case *k = CASE(list, AC_OP_ATTENTION, AC_SHAPE(s[0], s[1], c),
+                             AC_SHAPE(s[0], s[2], c), AC_SHAPE(s[0], s[2], c));
         k->attr.attention =
             (ac_attention_attr){.heads = s[3], .scale = (float)(1.0 / sqrt(s[4]))};
         k->real = true;
@@ -240,7 +242,8 @@ norm_cases(case_list *list)
 static void
 elementwise_cases(case_list *list)
 {
-    static const ac_shape shapes[] = {{1, {37}}, {2, {3, 40}}, {3, {2, 19, 66}}, {4, {2, 5, 3, 130}}};
+    static const ac_shape shapes[] = {
+        {1, {37}}, {2, {3, 40}}, {3, {2, 19, 66}}, {4, {2, 5, 3, 130}}};
     for (size_t i = 0; i < AC_ARRAY_LEN(shapes); i++) {
         ac_shape s = shapes[i], half = s, vector = AC_SHAPE(s.dim[0], s.dim[s.rank - 1]);
         half.dim[s.rank - 1] *= 2;
@@ -286,7 +289,9 @@ elementwise_cases(case_list *list)
     c->attr.activation.act = AC_ACT_SILU;
     c->real = true;
     CASE(list, AC_OP_ADD, AC_SHAPE(2, 64, 64, 320), AC_SHAPE(2, 64, 64, 320))->real = true;
-    CASE(list, AC_OP_CONCAT, AC_SHAPE(2, 64, 64, 320), AC_SHAPE(2, 64, 64, 320))->attr.axis.axis = 3;
+    check_case *joined =
+        CASE(list, AC_OP_CONCAT, AC_SHAPE(2, 64, 64, 320), AC_SHAPE(2, 64, 64, 320));
+    joined->attr.axis.axis = 3;
 }
 
 static void

@@ -82,7 +82,8 @@ tree(void)
     ac_arena arena;
     const ac_json *json = NULL;
     ac_arena_init(&arena);
-    CHECK_OK(parse(&arena, " {\"a\": [1, [], {}, null, true, false, \"x\"],\r\n\t\"b\":{\"c\":-2.5}} ",
+    CHECK_OK(parse(&arena, " {\"a\": [1, [], {}, null, true, false, \"x\"],\r\n\t"
+                           "\"b\":{\"c\":-2.5}} ",
                    &json));
     CHECK_INT(json->kind, AC_JSON_OBJECT);
     CHECK_INT(json->length, 2);

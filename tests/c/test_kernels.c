@@ -308,7 +308,8 @@ gaps_untouched(const setup *s, const ac_kernel *kernel, const char *isa, const c
     for (int64_t at = 0; at < s->out_span * (int64_t)size; at++) {
         if (at / (int64_t)size % pitch >= columns && result[at] != 0x5a) {
             describe(s, kernel->name, isa);
-            printf("  written between the rows, at element %lld\n", (long long)(at / (int64_t)size));
+            printf("  written between the rows, at element %lld\n",
+                   (long long)(at / (int64_t)size));
             return false;
         }
     }

@@ -199,7 +199,8 @@ configs_that_fit(void)
                                   "\"sample_size\": [8, 9], \"only_cross_attention\": [true, "
                                   "false, false, true], \"attention_head_dim\": [5, 10, 20, 20], "
                                   "\"transformer_layers_per_block\": [1, [2, 3], 1, 1], "
-                                  "\"reverse_transformer_layers_per_block\": [1, 1, [1, 2, 3], 0]")));
+                                  "\"reverse_transformer_layers_per_block\": [1, 1, [1, 2, 3], "
+                                  "0]")));
     model_free(&m);
     CHECK_OK(model_parse(&m, VAE("\"latents_mean\": [1, 2], \"use_quant_conv\": false")));
     model_free(&m);
@@ -338,7 +339,11 @@ static const char *
 old_attention(const char *name, char *buffer)
 {
     static const char *const names[][2] = {
-        {".to_q.", ".query."}, {".to_k.", ".key."}, {".to_v.", ".value."}, {".to_out.0.", ".proj_attn."}};
+        {".to_q.", ".query."},
+        {".to_k.", ".key."},
+        {".to_v.", ".value."},
+        {".to_out.0.", ".proj_attn."},
+    };
     for (size_t i = 0; i < AC_ARRAY_LEN(names); i++) {
         const char *at = strstr(name, names[i][0]);
         if (at) {

@@ -8,7 +8,7 @@
 #include "../../csrc/plan.h"
 #include "test.h"
 
-#define GRAIN 64 /* bytes a mark; offsets are multiples of 256, strided views of one element's size */
+#define GRAIN 64 /* bytes a mark; offsets are multiples of 256, views of one element's size */
 
 static uint64_t seed = 20240229;
 

@@ -1,4 +1,4 @@
-/* weights: bindings, checksums, derived weights, failing allocations.  Files: test_safetensors.c. */
+/* weights: bindings, checksums, derived weights, failing allocations.  Files: test_safetensors. */
 #include "../../csrc/weights.h"
 #include "test.h"
 
