@@ -10,6 +10,52 @@
 
 typedef void (*little_build)(ac_graph *g, uint64_t seed);
 
+/* Of the largest value; f32 rounding in another order gives about 1e-6. */
+#define TOLERANCE 1e-5
+
+/* ---- layers, with weights of their own ------------------------------------------------------- */
+
+static inline int64_t
+channels(const ac_graph *g, ac_val x)
+{
+    return x == AC_NONE ? 1 : g->values[x].shape.dim[g->values[x].shape.rank - 1];
+}
+
+static inline ac_val
+linear(ac_graph *g, const char *name, ac_val x, int64_t n, bool bias)
+{
+    ac_push(g, "%s", name);
+    ac_val w = ac_weight(g, "weight", AC_SHAPE(n, channels(g, x)));
+    ac_val b = bias ? ac_weight(g, "bias", AC_SHAPE(n)) : AC_NONE;
+    ac_pop(g);
+    ac_name(g, name);
+    return ac_linear(g, x, w, b);
+}
+
+static inline ac_val
+conv(ac_graph *g, const char *name, ac_val x, int64_t n, int32_t stride)
+{
+    ac_push(g, "%s", name);
+    ac_val w = ac_weight(g, "weight", AC_SHAPE(n, channels(g, x), 3, 3));
+    ac_val b = ac_weight(g, "bias", AC_SHAPE(n));
+    ac_pop(g);
+    ac_name(g, name);
+    return ac_conv2d(g, x, w, b, (ac_conv2d_attr){stride, 1, 1, 1, 1, AC_ACT_NONE});
+}
+
+static inline ac_val
+group_norm(ac_graph *g, const char *name, ac_val x)
+{
+    ac_push(g, "%s", name);
+    ac_val gamma = ac_weight(g, "weight", AC_SHAPE(channels(g, x)));
+    ac_val beta = ac_weight(g, "bias", AC_SHAPE(channels(g, x)));
+    ac_pop(g);
+    ac_name(g, name);
+    return ac_group_norm(g, x, gamma, beta, 4, 1e-3f);
+}
+
+/* ---- runs ------------------------------------------------------------------------------------ */
+
 /* One result of a graph, all outputs "y0", "y1" ... one after the other. */
 typedef struct little_result {
     float *data; /* count of them; ac_free */
