@@ -6,7 +6,6 @@ NumPy arrays; a bfloat16 result is an `accel.Tensor`, because NumPy has no such 
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,10 +193,12 @@ class Component:
 
     def explain(self, *, json=False, passes=False, **args):
         """The plan for these sizes as text or JSON; see `_core.Model.explain` for the sizes."""
-        return self._model.explain(self._args(args), json, passes)
+        return self._model.explain(self.sizes(self.config, args), json, passes)
 
-    def _args(self, args):
-        return args
+    @staticmethod
+    def sizes(config, given):
+        """Build args: the given ones, the others as the config suggests."""
+        raise NotImplementedError
 
     def _io_dtype(self, x, what):
         dtype = self.dtype or array_dtype(x)
@@ -271,10 +272,11 @@ class UNet(Component):
                                   f"or one for each of {batch} samples")
         return times
 
-    def _args(self, args):
-        size = self.config.get("sample_size") or 64
+    @staticmethod
+    def sizes(config, given):
+        size = config.get("sample_size") or 64
         height, width = (size, size) if isinstance(size, int) else size[:2]
-        return {"batch": 2, "height": height, "width": width, "tokens": 77, "timesteps": 1} | args
+        return {"batch": 2, "height": height, "width": width, "tokens": 77, "timesteps": 1} | given
 
 
 @dataclass
@@ -324,13 +326,20 @@ class VAE(Component):
     @property
     def scale_factor(self):
         """Pixels along an axis for one latent pixel."""
-        return 2 ** (len(self.config.get("block_out_channels", (0,))) - 1)
+        return vae_scale_factor(self.config)
 
-    def _args(self, args):
-        size = self.config.get("sample_size") or 512
-        if args.get("entry", "decode") == "decode":
-            size = math.ceil(size / self.scale_factor)
-        return {"entry": "decode", "batch": 1, "height": size, "width": size} | args
+    @staticmethod
+    def sizes(config, given):
+        size = config.get("sample_size") or 512
+        size = size if isinstance(size, int) else size[0]
+        if given.get("entry", "decode") == "decode":
+            size = -(-size // vae_scale_factor(config))
+        return {"entry": "decode", "batch": 1, "height": size, "width": size} | given
+
+
+def vae_scale_factor(config):
+    """Pixels along an axis for one latent pixel of this AutoencoderKL."""
+    return 2 ** (len(config.get("block_out_channels", (0,))) - 1)
 
 
 @dataclass
@@ -381,5 +390,6 @@ class TextEncoder(Component):
                           out.get("text_embeds", out.get("pooler_output")),
                           tuple(states) or None, out.get("clip_skip"))
 
-    def _args(self, args):
-        return {"batch": 1, "tokens": self.config.get("max_position_embeddings", 77)} | args
+    @staticmethod
+    def sizes(config, given):
+        return {"batch": 1, "tokens": config.get("max_position_embeddings", 77)} | given

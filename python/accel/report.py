@@ -1,0 +1,143 @@
+"""What ran and how: report(x) counts, explain(x) shows plans."""
+
+import json as _json
+from pathlib import Path
+
+from . import _core
+from .components import (
+    VAE,
+    Component,
+    TextEncoder,
+    UNet,
+    find_folder,
+    read_json,
+    vae_scale_factor,
+)
+from .pipeline import Pipeline
+
+
+class Report(dict):
+    """A dict that prints as a table."""
+
+    def __str__(self):
+        lines = []
+        for name, entry in self.get("components", {"": self}).items():
+            lines.append(_lines(name, entry))
+        if "loop" in self:
+            lines.append(f"loop: {self['loop']}")
+        return "\n".join(lines)
+
+
+def _lines(name, entry):
+    title = f"{name}: {entry['class']}" if name else entry["class"]
+    if entry.get("skipped"):
+        return f"{title}: left as it is: {entry['skipped']}"
+    size = entry["derived_bytes"] / 1e6
+    out = [f"{title}: {entry['native_runs']} native runs, {sum(entry['fallbacks'].values())} "
+           f"fallbacks, {entry['plans']} plans, {len(entry['derived'])} derived weights "
+           f"({size:.1f} MB)"]
+    out += [f"  fell back {n} times: {reason}" for reason, n in entry["fallbacks"].items()]
+    return "\n".join(out)
+
+
+def entry_of(class_name, model, weights, *, native_runs=None, fallbacks=None):
+    """The report of one network; `model` and `weights` may be None."""
+    stats = model.stats() if model is not None else {"runs": 0, "plans": 0, "arena_bytes": 0,
+                                                     "bound_bytes": 0, "keep_bytes": 0}
+    derived = weights.derived() if weights is not None else []
+    return {
+        "class": class_name,
+        "native_runs": stats["runs"] if native_runs is None else native_runs,
+        "fallbacks": dict(fallbacks or {}),
+        "plans": stats["plans"],
+        "arena_bytes": stats["arena_bytes"],
+        "bound_bytes": stats["bound_bytes"],
+        "keep_bytes": stats["keep_bytes"],
+        "derived": derived,
+        "derived_bytes": sum(d["bytes"] for d in derived),
+    }
+
+
+def report(x):
+    """Counts of native runs and fallbacks (with reasons), plans and derived weights.
+
+    Parameters
+    ----------
+    x : a compiled module or pipeline, an accel.Pipeline, or one of its components
+
+    Returns
+    -------
+    Report
+        A dict. For one network: class, native_runs, fallbacks {reason: count}, plans,
+        arena_bytes, bound_bytes, keep_bytes, derived (list of dicts with key, bytes, sources),
+        derived_bytes. For a pipeline: "components" {name: such a dict} and "loop".
+    """
+    if isinstance(x, Component):
+        return Report(entry_of(type(x).__name__, x._model, x._weights))
+    if isinstance(x, Pipeline):
+        parts = {"unet": x.unet, "vae": x.vae}
+        parts |= {f"text_encoder{'_2' if i else ''}": e for i, e in enumerate(x.text_encoders)}
+        return Report(components={n: dict(report(p)) for n, p in parts.items()}, loop="native")
+    from .compile_ import report_compiled
+
+    return Report(report_compiled(x))
+
+
+def explain(x, *, json=False, passes=False, profile=False, **args):
+    """The plan of a network: kernels, shapes, arena offsets, FLOPs, bytes.
+
+    Parameters
+    ----------
+    x : a component of accel, a compiled module, or an accel.Pipeline (its UNet)
+    json : bool
+        JSON text instead of a table.
+    passes : bool
+        The graph after each pass before it.
+    args
+        Sizes: batch, height, width (latent pixels; for the VAE's entry="encode" image pixels),
+        tokens, timesteps, entry. What is not given comes from the last call, or from the config.
+    """
+    if profile:
+        raise _core.UnsupportedError("profile: not there yet; ACCEL_LOG=3 prints what runs")
+    if isinstance(x, Pipeline):
+        x = x.unet
+    if isinstance(x, Component):
+        return x.explain(json=json, passes=passes, **args)
+    from .compile_ import explain_compiled
+
+    return explain_compiled(x, json=json, passes=passes, **args)
+
+
+def explain_folder(folder, part, *, height, width, batch, tokens, device, variant, json, passes,
+                   passes_off):
+    """The plan of one part of a model folder for a size in pixels; for the command line."""
+        folder = Path(folder)
+    cls = {"unet": UNet, "vae": VAE, "vae_encoder": VAE}.get(part, TextEncoder)
+    where = find_folder(folder, ["vae" if part == "vae_encoder" else part])
+    config = read_json(where / "config.json")
+    try:
+        weights = _core.Weights()
+        weights.add_folder(where, cls._stem, variant)
+    except _core.FileError:
+        weights = None
+    model = _core.Model(_json.dumps(config), weights, device, passes_off)
+    given = {"batch": batch}
+    if cls is not TextEncoder:
+        factor = 1 if part == "vae_encoder" else _factor(folder, config)
+        given |= {"height": height and -(-height // factor), "width": width and -(-width // factor)}
+    if cls is not VAE:
+        given["tokens"] = tokens
+    if part == "vae_encoder":
+        given["entry"] = "encode"
+    given = {k: v for k, v in given.items() if v is not None}
+    return model.explain(cls.sizes(config, given), json, passes)
+
+
+def _factor(folder, config):
+    """Pixels of a latent pixel: the VAE's, or 8 where there is none beside."""
+    if config.get("_class_name") != "AutoencoderKL":
+        try:
+            config = read_json(folder / "vae" / "config.json")
+        except _core.FileError:
+            return 8
+    return vae_scale_factor(config)
