@@ -24,7 +24,7 @@
 typedef struct ac_py_state {
     PyObject *base_error;             /* AccelError */
     PyObject *errors[AC_PY_ERRORS];   /* in the order of AC_STATUS_MAP */
-    PyTypeObject *tensor, *weights, *model, *cancel;
+    PyTypeObject *tensor, *weights, *model, *cancel, *schedule, *rng;
 } ac_py_state;
 
 static inline ac_py_state *
@@ -35,7 +35,7 @@ ac_py_state_of(PyObject *self)
 
 int ac_py_shape_from(ac_py_state *state, PyObject *object, const char *what, ac_shape *out);
 
-/* ---- errors.c ---------------------------------------------------------------------------------- */
+/* ---- errors.c -------------------------------------------------------------------------------- */
 
 int ac_py_add_errors(PyObject *module);
 /* Raises the class of `status` with the thread's engine message; returns NULL.  An exception that
@@ -45,7 +45,7 @@ PyObject *ac_py_raise(ac_py_state *state, ac_status status);
 PyObject *ac_py_error(ac_py_state *state, ac_status status, const char *format, ...)
     AC_PRINTF(3, 4);
 
-/* ---- tensor.c, dlpack.c ------------------------------------------------------------------------ */
+/* ---- tensor.c, dlpack.c ---------------------------------------------------------------------- */
 
 /* Somebody's tensor in host memory, borrowed until ac_py_view_release. */
 typedef struct ac_py_view {
@@ -63,7 +63,7 @@ int ac_py_add_tensor(PyObject *module);
 /* __dlpack__ of a Tensor object, and what its deleter needs. */
 PyObject *ac_py_export_dlpack(PyObject *owner, const ac_tensor *tensor, bool versioned);
 
-/* ---- weights.c --------------------------------------------------------------------------------- */
+/* ---- weights.c ------------------------------------------------------------------------------- */
 
 int ac_py_add_weights(PyObject *module);
 /* Borrowed; -1 with TypeError for another type. */
@@ -71,7 +71,7 @@ int ac_py_weights_of(ac_py_state *state, PyObject *object, ac_weights **out);
 /* Runs and checks hold this while they are without the GIL: bindings must not move then. */
 void ac_py_weights_busy(PyObject *weights, int by);
 
-/* ---- model.c, loop.c --------------------------------------------------------------------------- */
+/* ---- model.c, loop.c ------------------------------------------------------------------------- */
 
 int ac_py_add_model(PyObject *module);
 int ac_py_add_loop(PyObject *module);
@@ -81,7 +81,7 @@ typedef struct ac_py_model {
     PyObject *weights; /* Weights or NULL */
 } ac_py_model;
 
-/* ---- scheduler.c ------------------------------------------------------------------------------- */
+/* ---- scheduler.c ----------------------------------------------------------------------------- */
 
 /* Adds the types Schedule and Rng. */
 int ac_py_add_scheduler(PyObject *module);
