@@ -5,6 +5,7 @@ and a dict of tensors.  Inputs may be any DLPack producer on the CPU or a NumPy 
 NumPy arrays; a bfloat16 result is an `accel.Tensor`, because NumPy has no such dtype.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,10 +28,8 @@ def dtype_name(dtype):
         return None
     name = dtype if isinstance(dtype, str) else str(dtype)
     if not isinstance(dtype, str) and not name.startswith("torch."):
-        try:
+        with contextlib.suppress(TypeError):
             name = np.dtype(dtype).name
-        except TypeError:
-            pass
     name = name.removeprefix("torch.")
     name = {"half": "float16", "float": "float32", "fp16": "float16", "fp32": "float32",
             "bf16": "bfloat16"}.get(name, name)

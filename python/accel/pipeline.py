@@ -1,6 +1,6 @@
 """Text to image from a diffusers model folder, without PyTorch.
 
-    prompts -> tokenizer -> text encoder(s) -> [the loop: UNet, guidance, scheduler] -> VAE -> images
+    prompts -> tokenizer -> text encoder(s) -> [loop: UNet, guidance, scheduler] -> VAE -> images
 """
 
 import math
@@ -183,8 +183,8 @@ class Pipeline:
         prompts = _texts(prompt, "prompt")
         guidance = self._guidance(guidance_scale)
         if output_type not in ("pil", "np", "latent"):
-            raise InvalidArgument(f"output_type: found {output_type!r}, expected \"pil\", \"np\" or "
-                                  "\"latent\"")
+            raise InvalidArgument(f"output_type: found {output_type!r}, expected 'pil', 'np' or "
+                                  "'latent'")
         height, width = self._size(height, "height", 0), self._size(width, "width", 1)
         count = len(prompts) * _integer(num_images_per_prompt, "num_images_per_prompt", 1, 1024)
         schedule = schedules.make(self._scheduler(scheduler), num_inference_steps, eta)

@@ -111,7 +111,7 @@ def explain(x, *, json=False, passes=False, profile=False, **args):
 def explain_folder(folder, part, *, height, width, batch, tokens, device, variant, json, passes,
                    passes_off):
     """The plan of one part of a model folder for a size in pixels; for the command line."""
-        folder = Path(folder)
+    folder = Path(folder)
     cls = {"unet": UNet, "vae": VAE, "vae_encoder": VAE}.get(part, TextEncoder)
     where = find_folder(folder, ["vae" if part == "vae_encoder" else part])
     config = read_json(where / "config.json")
