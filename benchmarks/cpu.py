@@ -155,7 +155,7 @@ def models(options) -> None:
     )
 
 
-# ---- the demo, from process start to PNG -----------------------------------------------------------
+# ---- the demo, from process start to PNG ---------------------------------------------------------
 
 
 def demo(options) -> None:
@@ -177,7 +177,7 @@ def demo(options) -> None:
     )
 
 
-# ---- plans: memory and time ------------------------------------------------------------------------
+# ---- plans: memory and time ----------------------------------------------------------------------
 
 PLANS = [
     ("SD1.5 UNet 512x512, batch 2", "sd15_unet", dict(entry="forward", batch=2, size=64)),

@@ -277,9 +277,11 @@ refused_layouts(void)
                   "tensor \"y\": found data from byte 2, expected from 4");
     check_refused(TWO("[0,4]", "[2,6]"), 6, "they overlap");
     check_refused(TWO("[0,4]", "[0,4]"), 4, "they overlap");
-    check_refused(TWO("[5,9]", "[0,4]"), 9, "tensor \"x\": found data from byte 5, expected from 4");
+    check_refused(TWO("[5,9]", "[0,4]"), 9,
+                  "tensor \"x\": found data from byte 5, expected from 4");
     check_refused(TWO("[5,9]", "[0,4]"), 9, "a hole");
-    check_refused(TWO("[1,5]", "[5,9]"), 9, "tensor \"x\": found data from byte 1, expected from 0");
+    check_refused(TWO("[1,5]", "[5,9]"), 9,
+                  "tensor \"x\": found data from byte 1, expected from 0");
     check_refused(TWO("[0,4]", "[4,8]"), 9, "found 9 bytes of data, expected 8 as the tensors say");
     check_refused("{}", 1, "found 1 bytes of data, expected 0");
 #undef TWO
@@ -400,7 +402,8 @@ refused_indexes(void)
     check_index_refused("{\"weight_map\":{}}", AC_E_FORMAT, "expected an object \"weight_map\"");
     check_index_refused(MAP("\"a\":1"), AC_E_FORMAT, "tensor \"a\": expected the name of a file");
 #define BAD_SHARD(name)                                                                            \
-    check_index_refused(MAP("\"a\":\"" name "\""), AC_E_FORMAT, "expected the name of a .safetensors")
+    check_index_refused(MAP("\"a\":\"" name "\""), AC_E_FORMAT,                                    \
+                        "expected the name of a .safetensors")
     BAD_SHARD("../" FIRST);
     BAD_SHARD("/etc/" FIRST);
     BAD_SHARD("sub/" FIRST);

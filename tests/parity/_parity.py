@@ -97,4 +97,4 @@ def assert_parity(found: dict, reference: dict, truth: dict, factor: float = FAC
 def assert_sensitive(changed, original, bound: float, what: str) -> None:
     """Changing `what` must change the output by far more than the bound of the comparison."""
     moved = largest_error(changed, original)
-    assert moved > 100.0 * bound, f"{what}: the output moved by {moved:.2e}, the bound is {bound:.2e}"
+    assert moved > 100.0 * bound, f"{what}: the output moved by {moved:.2e}, bound {bound:.2e}"

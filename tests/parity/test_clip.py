@@ -74,7 +74,8 @@ def test_random_config(cls, seed):
         ids = random_ids(rng, rng.randint(1, 3), tokens)
         mask = None
         if rng.random() < 0.5:
-            mask = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.7).long()
+            generator = torch.Generator().manual_seed(seed)
+            mask = (torch.rand(ids.shape, generator=generator) < 0.7).long()
             mask[:, 0] = 1
         hidden_states = rng.random() < 0.5
         reference, truth = reference_and_truth(module, call_with(ids, mask, hidden_states))
