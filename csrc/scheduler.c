@@ -1,8 +1,8 @@
 /* scheduler: config to schedule, and the one kernel that applies a row.  See scheduler.h.
  *
  * Where diffusers itself raises or computes NaN, so do we, naming the row or the field:
- *   DDIM       epsilon or v from a terminal alpha of 0 (rescale_betas_zero_snr with a spacing that
- *              reaches the last training step): epsilon divides by it
+ *   DDIM       epsilon without clip_sample from a terminal alpha of 0 (rescale_betas_zero_snr with
+ *              a spacing that reaches the last training step): epsilon divides by it
  *   DDIM       eta so large that 1 - a' - s^2 is negative
  *   PNDM       fewer than 4 timesteps without skip_prk_steps; prediction_type sample
  *   DDIM PNDM  timesteps beyond the training steps (steps_offset)
@@ -23,7 +23,7 @@
 
 #include "schedulers/common.h"
 
-/* ---- config to schedule ----------------------------------------------------------------------- */
+/* ---- config to schedule ---------------------------------------------------------------------- */
 
 static const ac_sched_class *const classes[] = {
     &ac_sched_ddim,  &ac_sched_pndm,          &ac_sched_euler, &ac_sched_euler_ancestral,
@@ -162,7 +162,7 @@ ac_schedule_free(ac_schedule *schedule)
     }
 }
 
-/* ---- a row on the host ------------------------------------------------------------------------ */
+/* ---- a row on the host ----------------------------------------------------------------------- */
 
 /* Elements at a time: the double temporaries of a block stay in the first cache level. */
 #define BLOCK 256

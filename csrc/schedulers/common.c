@@ -8,7 +8,7 @@
 
 #define HALF_PI 1.5707963267948966192313216916398
 
-/* ---- config ----------------------------------------------------------------------------------- */
+/* ---- config ---------------------------------------------------------------------------------- */
 
 ac_status
 ac_sched_error(const ac_sched_build *build, const char *format, ...)
@@ -143,7 +143,7 @@ get_prediction(ac_sched_build *build)
     return AC_OK;
 }
 
-/* ---- betas and what follows from them --------------------------------------------------------- */
+/* ---- betas and what follows from them -------------------------------------------------------- */
 
 ac_status
 ac_sched_doubles(const ac_sched_build *build, int64_t count, double **out)
@@ -289,9 +289,11 @@ make_levels(ac_sched_build *build)
         }
     }
     AC_TRY(ac_sched_doubles(build, build->n_alphas, &build->sigmas));
+    AC_TRY(ac_sched_doubles(build, build->n_alphas, &build->log_sigmas));
     for (int32_t i = 0; i < build->n_alphas; i++) {
         float a = (float)build->alphas[i];
         build->sigmas[i] = sqrtf((1.0f - a) / a);
+        build->log_sigmas[i] = (float)log(build->sigmas[i]);
     }
     return AC_OK;
 }

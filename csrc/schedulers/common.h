@@ -36,9 +36,11 @@ typedef struct ac_sched_build {
     ac_sched_options options;
     ac_schedule *out;
     int32_t n_train;      /* num_train_timesteps */
-    int32_t n_alphas;     /* length of the next two; another than n_train only with trained_betas */
+    int32_t n_alphas;     /* length of the next three; not n_train only with trained_betas */
     double *alphas;       /* [n_alphas] alphas_cumprod, f32 values */
-    double *sigmas;       /* [n_alphas] sqrt((1 - a) / a), f32 values, rising */
+    double *sigmas;       /* [n_alphas] sqrt((1 - a) / a), f32 values; rising, but for the last one
+                             after rescale_betas_zero_snr */
+    double *log_sigmas;   /* [n_alphas] f32 values */
     ac_spacing spacing;
     int32_t steps_offset;
     ac_prediction prediction;
@@ -57,7 +59,7 @@ struct ac_sched_class {
 extern const ac_sched_class ac_sched_ddim, ac_sched_pndm, ac_sched_euler, ac_sched_euler_ancestral,
     ac_sched_dpm_multistep;
 
-/* ---- config: an absent or null field takes `fallback` ----------------------------------------- */
+/* ---- config: an absent or null field takes `fallback` ---------------------------------------- */
 
 ac_status ac_sched_error(const ac_sched_build *build, const char *format, ...) AC_PRINTF(2, 3);
 ac_status ac_sched_get_bool(const ac_sched_build *build, const char *field, bool fallback,
@@ -75,7 +77,7 @@ ac_status ac_sched_get_threshold(const ac_sched_build *build, bool *on, double *
 /* Every field is one that some diffusers scheduler defines. */
 ac_status ac_sched_check_fields(const ac_sched_build *build);
 
-/* ---- noise levels ----------------------------------------------------------------------------- */
+/* ---- noise levels ---------------------------------------------------------------------------- */
 
 /* Fills n_train, alphas, sigmas, spacing, steps_offset, prediction from the config. */
 ac_status ac_sched_levels(ac_sched_build *build);
@@ -83,7 +85,7 @@ ac_status ac_sched_levels(ac_sched_build *build);
  * IndexError. */
 ac_status ac_sched_alpha(const ac_sched_build *build, int64_t t, double *out);
 
-/* ---- timesteps and sigmas --------------------------------------------------------------------- */
+/* ---- timesteps and sigmas -------------------------------------------------------------------- */
 
 typedef struct ac_sched_grid {
     int32_t last;      /* training steps in use: n_train, or fewer (lambda_min_clipped) */
@@ -118,10 +120,10 @@ ac_status ac_sched_final_sigma(const ac_sched_build *build, double *out, bool *i
 double ac_sched_linspace(double start, double stop, int32_t count, int32_t index);
 /* np.interp(t, arange(n_alphas), sigmas). */
 double ac_sched_sigma_at(const ac_sched_build *build, double t);
-/* The timestep of a sigma: linear in log sigma between training steps, in f32 where diffusers is. */
+/* The timestep of a sigma: linear in log sigma between training steps, in f32 as in diffusers. */
 double ac_sched_time_of(const ac_sched_build *build, double sigma);
 
-/* ---- shared by the two Euler samplers (euler.c) ------------------------------------------------ */
+/* ---- shared by the two Euler samplers (euler.c) ---------------------------------------------- */
 
 /* scale_in, m and start of a row at `sigma`. */
 void ac_sched_euler_convert(ac_prediction prediction, double sigma, ac_sched_row *row);
@@ -130,7 +132,7 @@ void ac_sched_euler_step(ac_prediction prediction, double sigma, double target, 
 ac_status ac_sched_euler_check(const ac_sched_build *build, double sigma, int32_t row);
 double ac_sched_euler_noise(const ac_sched_build *build, const double *sigmas, int32_t count);
 
-/* ---- mathematics ------------------------------------------------------------------------------- */
+/* ---- mathematics ----------------------------------------------------------------------------- */
 
 /* Inverse of the regularised incomplete beta function: x with I_x(a, b) = p.  a, b > 0. */
 double ac_beta_ppf(double p, double a, double b);

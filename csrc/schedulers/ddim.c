@@ -11,6 +11,8 @@
 
 #include <math.h>
 
+#define FAR 1e30 /* times any latent: beyond every clamp, finite in f32 */
+
 typedef struct ddim_config {
     bool clip, threshold, alpha_to_one;
     double clip_range, ratio, max_value;
@@ -67,6 +69,10 @@ fill_row(const ac_sched_build *build, const ddim_config *config, int64_t t, ac_s
     }
     double noise[2] = {0.0, 0.0};
     convert(build->prediction, a, row, noise);
+    if (a == 0.0 && build->prediction == AC_PREDICT_EPSILON && config->clip && !config->threshold) {
+        row->m_x = FAR; /* (x - e) / 0, an infinity that the clamp makes finite again */
+        row->m_e = -FAR;
+    }
     double spread = eta * sqrt((1.0 - a_next) / (1.0 - a) * (1.0 - a / a_next));
     if (eta == 0.0) {
         spread = 0.0; /* also where there is no variance to take */

@@ -33,9 +33,10 @@ typedef struct dpm_plan {
     double *sigmas;    /* [count + 1] */
     double *timesteps; /* [count] */
     int32_t count;
+    bool lu;           /* spaced by use_lu_lambdas */
 } dpm_plan;
 
-/* ---- config ----------------------------------------------------------------------------------- */
+/* ---- config ---------------------------------------------------------------------------------- */
 
 static ac_status
 read_algorithm(const ac_sched_build *build, dpm_config *out)
@@ -101,7 +102,7 @@ read_config(const ac_sched_build *build, dpm_config *out)
     return AC_OK;
 }
 
-/* ---- timesteps and sigmas --------------------------------------------------------------------- */
+/* ---- timesteps and sigmas -------------------------------------------------------------------- */
 
 /* Training steps whose lambda is at least lambda_min_clipped. */
 static ac_status
@@ -127,13 +128,9 @@ count_usable(const ac_sched_build *build, int32_t *out)
 
 /* Sigmas that do not come from timesteps; their timesteps are told to the UNet as integers. */
 static void
-convert_sigmas(const ac_sched_build *build, const dpm_config *config, ac_sigma_kind kind,
-               dpm_plan *plan)
+convert_sigmas(const ac_sched_build *build, ac_sigma_kind kind, dpm_plan *plan)
 {
     double high = build->sigmas[build->n_alphas - 1], low = build->sigmas[0];
-    if (config->lu && kind != AC_SIGMA_KARRAS) {
-        kind = AC_SIGMA_LU;
-    }
     ac_sched_sigmas(kind, high, low, plan->sigmas, plan->count);
     const ac_json *schedule = ac_json_get(build->config, "beta_schedule");
     bool cosine = schedule && schedule->kind == AC_JSON_STRING &&
@@ -142,6 +139,9 @@ convert_sigmas(const ac_sched_build *build, const dpm_config *config, ac_sigma_k
     for (int32_t i = 0; i < plan->count; i++) {
         double t = ac_sched_time_of(build, plan->sigmas[i]);
         plan->timesteps[i] = rounds ? rint(t) : trunc(t);
+    }
+    if (kind == AC_SIGMA_LU) { /* the timesteps are of f32 logarithms, the arithmetic is not */
+        ac_sched_sigmas(AC_SIGMA_EXPONENTIAL, high, low, plan->sigmas, plan->count);
     }
 }
 
@@ -168,7 +168,11 @@ make_plan(const ac_sched_build *build, const dpm_config *config, dpm_plan *plan)
     ac_sched_grid grid = {.extra = 1};
     AC_TRY(count_usable(build, &grid.last));
     AC_TRY(ac_sched_sigma_kind(build, &kind));
-    bool converted = kind != AC_SIGMA_PLAIN || config->lu;
+    if (config->lu && kind != AC_SIGMA_KARRAS) {
+        kind = AC_SIGMA_LU;
+    }
+    plan->lu = kind == AC_SIGMA_LU;
+    bool converted = kind != AC_SIGMA_PLAIN;
     if (converted || config->flow) {
         plan->count = build->options.num_inference_steps;
         AC_TRY(ac_sched_doubles(build, plan->count, &plan->timesteps));
@@ -177,7 +181,7 @@ make_plan(const ac_sched_build *build, const dpm_config *config, dpm_plan *plan)
     }
     AC_TRY(ac_sched_doubles(build, (int64_t)plan->count + 1, &plan->sigmas));
     if (converted) {
-        convert_sigmas(build, config, kind, plan);
+        convert_sigmas(build, kind, plan);
     } else if (config->flow) {
         AC_TRY(flow_sigmas(build, plan));
     } else {
@@ -188,7 +192,7 @@ make_plan(const ac_sched_build *build, const dpm_config *config, dpm_plan *plan)
     return ac_sched_final_sigma(build, &plan->sigmas[plan->count], &zero);
 }
 
-/* ---- rows ------------------------------------------------------------------------------------- */
+/* ---- rows ------------------------------------------------------------------------------------ */
 
 typedef struct dpm_level {
     double sigma; /* as in the plan */
@@ -206,44 +210,63 @@ level_of(const dpm_config *config, double sigma)
     return out;
 }
 
-/* The converted output of a row as weights on x, e and m, into `out`.  It is m itself, but for
- * the noise of a thresholded x0. */
+/* x0 = to_x0[0] x + to_x0[1] e */
+static void
+data_weights(ac_prediction prediction, dpm_level at, double to_x0[2])
+{
+    to_x0[0] = 0.0;
+    to_x0[1] = 1.0;
+    if (prediction == AC_PREDICT_EPSILON) {
+        to_x0[0] = 1.0 / at.alpha;
+        to_x0[1] = -at.noise / at.alpha;
+    } else if (prediction == AC_PREDICT_V) {
+        to_x0[0] = at.alpha;
+        to_x0[1] = -at.noise;
+    } else if (prediction == AC_PREDICT_FLOW) {
+        to_x0[0] = 1.0;
+        to_x0[1] = -at.sigma;
+    }
+}
+
+/* noise = to_noise[0] x + to_noise[1] e */
+static void
+noise_weights(ac_prediction prediction, dpm_level at, double to_noise[2])
+{
+    to_noise[0] = 0.0;
+    to_noise[1] = 1.0;
+    if (prediction == AC_PREDICT_V) {
+        to_noise[0] = at.noise;
+        to_noise[1] = at.alpha;
+    } else if (prediction == AC_PREDICT_SAMPLE) {
+        to_noise[0] = 1.0 / at.noise;
+        to_noise[1] = -at.alpha / at.noise;
+    }
+}
+
+/* m of the row; the converted output as weights on the basis goes to `out`.  It is m itself, but
+ * for a noise that is made again from a thresholded x0. */
 static void
 convert(const ac_sched_build *build, const dpm_config *config, dpm_level at, ac_sched_row *row,
         double out[AC_BASIS_COUNT])
 {
-    double to_x0[2] = {0.0, 1.0}; /* x0 = to_x0[0] x + to_x0[1] e; sample */
-    if (build->prediction == AC_PREDICT_EPSILON) {
-        to_x0[0] = 1.0 / at.alpha;
-        to_x0[1] = -at.noise / at.alpha;
-    } else if (build->prediction == AC_PREDICT_V) {
-        to_x0[0] = at.alpha;
-        to_x0[1] = -at.noise;
-    } else if (build->prediction == AC_PREDICT_FLOW) {
-        to_x0[0] = 1.0;
-        to_x0[1] = -at.sigma;
-    }
-    row->m_x = to_x0[0];
-    row->m_e = to_x0[1];
-    row->threshold = config->threshold ? config->ratio : 0.0;
-    row->threshold_max = config->max_value;
+    double m[2];
     out[AC_BASIS_M] = 1.0;
     if (predicts_x0(config)) {
-        return;
+        data_weights(build->prediction, at, m);
+    } else {
+        noise_weights(build->prediction, at, m);
     }
-    if (config->threshold) { /* the noise that leads to the thresholded x0 */
+    if (!predicts_x0(config) && config->threshold) {
+        /* x0 by way of the noise: with flow sigmas that is another one than data_weights has */
+        m[0] = (1.0 - at.noise * m[0]) / at.alpha;
+        m[1] = -at.noise * m[1] / at.alpha;
         out[AC_BASIS_X] = 1.0 / at.noise;
         out[AC_BASIS_M] = -at.alpha / at.noise;
-    } else if (build->prediction == AC_PREDICT_EPSILON) {
-        row->m_x = 0.0;
-        row->m_e = 1.0;
-    } else if (build->prediction == AC_PREDICT_V) {
-        row->m_x = at.noise;
-        row->m_e = at.alpha;
-    } else {
-        row->m_x = 1.0 / at.noise;
-        row->m_e = -at.alpha / at.noise;
     }
+    row->m_x = m[0];
+    row->m_e = m[1];
+    row->threshold = config->threshold ? config->ratio : 0.0;
+    row->threshold_max = config->max_value;
 }
 
 typedef struct dpm_step {
@@ -325,6 +348,11 @@ order_of(const dpm_config *config, const dpm_plan *plan, int32_t index, int32_t 
     if (index == plan->count - 1 && (config->euler_at_final || few || config->final_zero)) {
         return 1;
     }
+    /* lu sigmas end so near sigma_min that a step to it is empty, but not to the bit in diffusers,
+     * where its higher orders therefore survive; what they add is nothing */
+    if (plan->lu && (float)plan->sigmas[index] == (float)plan->sigmas[index + 1]) {
+        return 1;
+    }
     int32_t order = AC_MIN(config->order, history + 1);
     return index == plan->count - 2 && few ? AC_MIN(order, 2) : order;
 }
@@ -340,7 +368,8 @@ fill_row(const ac_sched_build *build, const dpm_config *config, const dpm_plan *
                                      "\"sde-dpmsolver\", which diffusers has no formula for");
     }
     AC_TRY(check_distinct(build, config, order, sigma, index));
-    dpm_level from = level_of(config, sigma[0]), to = level_of(config, sigma[1]);
+    bool stays = (float)sigma[0] == (float)sigma[1]; /* an empty step, h is 0 and not a rounding */
+    dpm_level from = level_of(config, sigma[0]), to = level_of(config, sigma[stays ? 0 : 1]);
     double output[AC_BASIS_COUNT] = {0}, weight[3] = {0}, r0 = 1.0, r1 = 1.0;
     double h = to.lambda - from.lambda;
     convert(build, config, from, row, output);

@@ -7,7 +7,7 @@
 
 #include <math.h>
 
-/* ---- timesteps -------------------------------------------------------------------------------- */
+/* ---- timesteps ------------------------------------------------------------------------------- */
 
 double
 ac_sched_linspace(double start, double stop, int32_t count, int32_t index)
@@ -91,7 +91,7 @@ ac_sched_rows(ac_sched_build *build, int32_t n_timesteps)
     return build->out->rows ? AC_OK : ac_no_memory(bytes);
 }
 
-/* ---- sigmas ----------------------------------------------------------------------------------- */
+/* ---- sigmas ---------------------------------------------------------------------------------- */
 
 ac_status
 ac_sched_sigma_kind(const ac_sched_build *build, ac_sigma_kind *out)
@@ -167,25 +167,20 @@ ac_sched_sigma_at(const ac_sched_build *build, double t)
 double
 ac_sched_time_of(const ac_sched_build *build, double sigma)
 {
+    const double *logs = build->log_sigmas;
     double wanted = log(fmax(sigma, 1e-10));
-    int32_t low = 0, high = build->n_alphas; /* the last index whose log is not above wanted */
-    while (high - low > 1) {
-        int32_t middle = low + (high - low) / 2;
-        if ((double)(float)log(build->sigmas[middle]) <= wanted) {
-            low = middle;
-        } else {
-            high = middle;
-        }
+    int32_t low = build->n_alphas - 1; /* the last one that is not above */
+    while (low > 0 && logs[low] > wanted) {
+        low--;
     }
     low = AC_MAX(AC_MIN(low, build->n_alphas - 2), 0);
-    high = AC_MIN(low + 1, build->n_alphas - 1);
-    float log_low = (float)log(build->sigmas[low]), log_high = (float)log(build->sigmas[high]);
-    double w = ((double)log_low - wanted) / (double)(log_low - log_high);
+    int32_t high = AC_MIN(low + 1, build->n_alphas - 1);
+    double w = (logs[low] - wanted) / (float)(logs[low] - logs[high]);
     w = fmin(fmax(w, 0.0), 1.0);
     return (1.0 - w) * low + w * high;
 }
 
-/* ---- the beta distribution -------------------------------------------------------------------- */
+/* ---- the beta distribution ------------------------------------------------------------------- */
 
 /* The continued fraction of I_x(a, b) by Lentz' method; converges fast for x < (a+1)/(a+b+2). */
 static double
