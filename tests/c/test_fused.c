@@ -254,8 +254,23 @@ residuals(ac_graph *g, uint64_t seed)
     ac_output(g, group_norm(g, "norm", h), "y0");
 }
 
-/* The result is read twice; the activation comes after the residual; the other is broadcast; a
- * slow linear is added to fast values; a gate has no residual; a slice with gaps has no reshape. */
+/* A GEMM or a norm takes one activation and one residual; the next ones stay, and so does an
+ * activation after a residual. */
+static void
+only_one(ac_graph *g, uint64_t seed)
+{
+    (void)seed;
+    ac_val x = tokens(g, "x", AC_RATE_STEP), y = image(g, "y", 8);
+    ac_val h = ac_activation(g, linear(g, "a", x, 12, true), AC_ACT_SILU);
+    ac_output(g, ac_activation(g, h, AC_ACT_RELU), "y0");
+    ac_output(g, ac_add(g, ac_add(g, linear(g, "b", x, 12, true), x), x), "y1");
+    ac_output(g, ac_activation(g, ac_add(g, linear(g, "c", x, 12, true), x), AC_ACT_GELU), "y2");
+    h = ac_activation(g, group_norm(g, "norm", y), AC_ACT_SILU);
+    ac_output(g, ac_activation(g, h, AC_ACT_QUICK_GELU), "y3");
+}
+
+/* The result is read twice; what is added is broadcast; a slow linear is added to fast values; a
+ * gate has no residual; a slice with gaps has no reshape. */
 static void
 no_epilogues(ac_graph *g, uint64_t seed)
 {
@@ -308,6 +323,8 @@ static const struct {
     {"epilogues", "fuse_epilogue", epilogues,
      {{AC_OP_ADD, 3, 0}, {AC_OP_ACTIVATION, 2, 0}, {AC_OP_GATE, 1, 0}}},
     {"residuals", "fuse_epilogue", residuals, {{AC_OP_ADD, 2, 0}, {AC_OP_RESHAPE, 2, 3}}},
+    {"only one epilogue", "fuse_norm,fuse_epilogue", only_one,
+     {{AC_OP_ADD, 3, 1}, {AC_OP_ACTIVATION, 5, 3}}},
     {"no epilogues", "fuse_epilogue", no_epilogues,
      {{AC_OP_ADD, 5, 5}, {AC_OP_ACTIVATION, 1, 1}, {AC_OP_GATE, 1, 0}}},
 };
