@@ -37,6 +37,7 @@ ac_scheduler_names(void)
         "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler",
         "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", NULL,
     };
+    _Static_assert(AC_ARRAY_LEN(names) == AC_ARRAY_LEN(classes) + 1, "one name for each class");
     return names;
 }
 
