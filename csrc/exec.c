@@ -178,6 +178,17 @@ ac_exec_bind_output(ac_exec *e, const char *name, const ac_tensor *tensor)
     return bind(e, ac_graph_find_output(e->plan->graph, name), name, tensor);
 }
 
+void
+ac_exec_unbind(ac_exec *e)
+{
+    const ac_graph *g = e->plan->graph;
+    for (ac_val v = 0; v < g->n_values; v++) {
+        if (g->values[v].kind == AC_VALUE_INPUT || g->values[v].output) {
+            e->bound[v].data = NULL;
+        }
+    }
+}
+
 static ac_status
 bind_weight(ac_exec *e, ac_val v)
 {

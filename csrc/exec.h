@@ -19,6 +19,8 @@ void ac_exec_free(ac_exec *exec);
  * plan's; an input that only layout kernels read may have any strides, all else is contiguous. */
 ac_status ac_exec_bind(ac_exec *exec, const char *name, const ac_tensor *tensor);
 ac_status ac_exec_bind_output(ac_exec *exec, const char *name, const ac_tensor *tensor);
+/* Forgets all inputs and outputs: they are the caller's and may be gone. */
+void ac_exec_unbind(ac_exec *exec);
 
 /* Runs the sections from `from` to STEP.  Sections below are taken from an earlier run of this
  * exec; when there was none, or weights changed since, it starts at PROMPT by itself.  Derived

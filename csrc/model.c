@@ -445,6 +445,7 @@ give_to(cached_plan *p, ac_exec *exec)
 void
 ac_model_give(ac_model *m, ac_exec *exec)
 {
+    ac_exec_unbind(exec);
     pthread_mutex_lock(&m->lock);
     m->runs++;
     for (int32_t i = 0; i < m->n_plans; i++) {
