@@ -11,7 +11,8 @@ CSRC    := $(wildcard csrc/*.c csrc/models/*.c csrc/passes/*.c csrc/schedulers/*
 OBJ     := $(CSRC:%.c=$(B)/%.o)
 CTESTS  := $(patsubst tests/c/%.c,$(B)/tests/%,$(wildcard tests/c/test_*.c))
 
-.PHONY: help lib check-c cuda test-gpu demo test test-install test-build test-run clean
+.PHONY: help lib check-c cuda test-gpu demo test test-install test-build test-run \
+        sanitize oom fuzz san-extension clean
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -19,7 +20,7 @@ lib: $(B)/libaccel.a ## the engine and its CPU kernels as a static library
 
 $(B)/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(WARN) $(CFLAGS) -fPIC -MMD -MP -c $< -o $@
+	$(CC) $(WARN) $(CFLAGS) $(PYFLAGS) -fPIC -MMD -MP -c $< -o $@
 
 $(B)/libaccel.a: $(OBJ)
 	@rm -f $@
@@ -98,7 +99,55 @@ test-run: check-c ## lint, C tests, Python tests, and both ways to install
 	$(PY) -m pytest -q -n 2 tests
 	tools/check_install.sh $(PYTHON)
 
+# ---- sanitizers, failing allocations, fuzzers -----------------------------------------------------
+
+SAN        := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+              -fno-sanitize-recover=all -Wno-error=maybe-uninitialized
+SAN_MAKE    = $(MAKE) --no-print-directory -j$(shell nproc) CFLAGS="$(SAN)$(1)" B=$(2)
+SAN_RUN    := ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 \
+              UBSAN_OPTIONS=print_stacktrace=1
+# Python leaks by itself; its own checks of leaks are in tests/.
+SAN_PYTHON  = LD_PRELOAD="$(foreach l,libasan.so libubsan.so libstdc++.so,$(shell $(CC) -print-file-name=$(l)))" \
+              ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/san
+TORCHFREE  := $(wildcard tests/torchfree/test_*.py)
+OOM_TESTS   = $(patsubst tests/c/%.c,build/san/tests/%,$(shell grep -l 'test_oom(' tests/c/test_*.c))
+FUZZERS    := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
+FUZZ_SECONDS ?= 60
+
+sanitize: ## C tests and torch-free Python tests under the address and undefined sanitizers
+	$(SAN_RUN) $(call SAN_MAKE,,build/san) check-c
+	$(if $(TORCHFREE),$(call SAN_MAKE,,build/san) san-extension)
+	$(if $(TORCHFREE),$(SAN_PYTHON) $(PY) -c 'import accel; assert "build/san" in accel.__file__')
+	$(if $(TORCHFREE),$(SAN_PYTHON) $(PY) -m pytest -q -p no:cacheprovider $(TORCHFREE))
+
+oom: ## the C tests that fail each allocation in turn, under the sanitizers
+	$(call SAN_MAKE,,build/san) $(OOM_TESTS)
+	@for t in $(OOM_TESTS); do echo "== $$t"; $(SAN_RUN) $$t --oom || exit 1; done
+
+fuzz: ## every parser, FUZZ_SECONDS (60) in all, under the sanitizers
+	$(call SAN_MAKE, -fsanitize-coverage=trace-pc,build/fuzz) $(FUZZERS:%=build/fuzz/%)
+	@cd build/fuzz && for f in $(FUZZERS); do $(SAN_RUN) \
+	    ./$$f --seconds $$(($(FUZZ_SECONDS) / $(words $(FUZZERS)))) || exit 1; done
+
+build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c build/fuzz/driver.o build/fuzz/libaccel.a tests/fuzz/fuzz.h
+	$(CC) $(WARN) $(CFLAGS) -MMD -MP $< build/fuzz/driver.o build/fuzz/libaccel.a \
+	    -lm -lpthread -ldl -o $@
+
+# Not instrumented for coverage: it is what counts.
+build/fuzz/driver.o: tests/fuzz/driver.c tests/fuzz/fuzz.h
+	@mkdir -p $(@D)
+	$(CC) $(WARN) $(SAN) -c $< -o $@
+
+# The extension as setup.py builds it, but with the sanitizers, beside a copy of the package.
+PYOBJ := $(patsubst %.c,$(B)/%.o,$(wildcard csrc/py/*.c))
+$(PYOBJ): PYFLAGS = -I$(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("include"))') \
+    -DPy_LIMITED_API=0x030B0000 -DACCEL_VERSION='"0"' -Wno-error
+
+san-extension: $(OBJ) $(PYOBJ)
+	mkdir -p $(B)/accel && cp -r $(filter-out %.so python/accel/__pycache__,$(wildcard python/accel/*)) $(B)/accel/
+	$(CC) $(CFLAGS) -shared $^ -lm -lpthread -ldl -o $(B)/accel/_core.abi3.so
+
 clean: ## remove what was built
 	rm -rf build
 
--include $(OBJ:.o=.d) $(CTESTS:=.d)
+-include $(OBJ:.o=.d) $(PYOBJ:.o=.d) $(CTESTS:=.d) $(FUZZERS:%=build/fuzz/%.d)

@@ -31,7 +31,7 @@ static struct {
     input *corpus[MAX_CORPUS];
     size_t n_corpus;
     uint64_t random;
-    int64_t executions, failed_allocations;
+    int64_t executions, accepted, failed_allocations;
 } fuzz;
 
 /* ---- coverage ------------------------------------------------------------------------------- */
@@ -84,9 +84,9 @@ __ubsan_default_options(void)
     return "abort_on_error=1:print_stacktrace=1";
 }
 
-/* Runs fuzz.now. */
-static void
-run(void)
+/* Runs fuzz.now; true when the fuzzer accepted it. */
+static bool
+run(bool fail_allocations)
 {
     uint64_t hash = ac_hash(fuzz.now.bytes, fuzz.now.size, AC_HASH_SEED);
     int64_t live = ac_alloc_live();
@@ -94,13 +94,13 @@ run(void)
     uint8_t *copy = malloc(fuzz.now.size ? fuzz.now.size : 1);
     FUZZ_CHECK(copy != NULL);
     memcpy(copy, fuzz.now.bytes, fuzz.now.size);
-    if (hash >> 61 == 0) {
+    if (fail_allocations && hash >> 61 == 0) {
         int64_t nth = 1 + (int64_t)(hash % (hash & 1 << 20 ? 10 : 1000));
         ac_alloc_fail_at(nth);
         fuzz.failed_allocations++;
     }
     alarm(HANG_SECONDS);
-    LLVMFuzzerTestOneInput(copy, fuzz.now.size);
+    bool accepted = LLVMFuzzerTestOneInput(copy, fuzz.now.size) == 0;
     alarm(0);
     ac_alloc_fail_at(0);
     free(copy);
@@ -109,6 +109,8 @@ run(void)
         abort();
     }
     fuzz.executions++;
+    fuzz.accepted += accepted;
+    return accepted;
 }
 
 /* ---- mutation ------------------------------------------------------------------------------- */
@@ -172,45 +174,59 @@ value_start(const input *in)
     return AC_MIN(at + 1, in->size);
 }
 
+/* Keeps what was JSON JSON, mostly: other values, fewer or more fields and elements. */
 static void
-replace_value(input *in)
+mutate_json(input *in)
 {
     size_t at = value_start(in), length = value_length(in, at);
     const input *other = fuzz.corpus[below(fuzz.n_corpus)];
+    const char *word = any_word();
     char number[32];
-    switch (below(4)) {
-    case 0: {
-        const char *word = any_word();
+    switch (below(8)) {
+    case 0:
+    case 1:
         splice(in, at, length, word, strlen(word));
         break;
-    }
-    case 1:
+    case 2:
         snprintf(number, sizeof number, "%d", (int)below(below(2) ? 8 : 4096));
         splice(in, at, length, number, strlen(number));
         break;
-    case 2: {
+    case 3: {
         size_t from = value_start(other);
         splice(in, at, length, other->bytes + from, value_length(other, from));
         break;
     }
-    default: { /* twice: lists grow, keys repeat */
+    case 4: { /* twice: lists grow, keys repeat */
         uint8_t value[512];
         size_t n = AC_MIN(length, sizeof value - 1);
         memcpy(value, in->bytes + at, n);
         value[n++] = ',';
         splice(in, at, 0, value, n);
+        break;
     }
+    case 5: /* one field or element less */
+        splice(in, at, length + 1, "", 0);
+        break;
+    default: /* the options before the first bracket */
+        if (in->size > 0 && in->bytes[0] != '{' && in->bytes[0] != '[') {
+            size_t n = 0;
+            while (n < in->size && in->bytes[n] != '{') {
+                n++;
+            }
+            in->bytes[below(n)] = (uint8_t)('0' + below(below(4) ? 10 : 75));
+        }
     }
 }
 
 static void
-mutate(input *in)
+mutate_bytes(input *in)
 {
-    static const uint8_t bytes[] = {0, 1, 0x7f, 0x80, 0xff, '"', '\\', '{', '}', '[', ']', '-', '0', '9'};
+    static const uint8_t bytes[] = {0,   1,   0x7f, 0x80, 0xff, '"', '\\',
+                                    '{', '}', '[',  ']',  '-',  '0', '9'};
     size_t at = below(in->size + 1);
     const char *word = any_word();
     const input *other = fuzz.corpus[below(fuzz.n_corpus)];
-    switch (below(9)) {
+    switch (below(6)) {
     case 0:
         if (at < in->size) {
             in->bytes[at] ^= (uint8_t)(1 << below(8));
@@ -230,11 +246,22 @@ mutate(input *in)
         splice(in, at, in->size, other->bytes + from, other->size - from);
         break;
     }
-    case 5:
-        splice(in, at, below(64), other->bytes, AC_MIN(other->size, below(64)));
-        break;
     default:
-        replace_value(in);
+        splice(in, at, below(64), other->bytes, AC_MIN(other->size, below(64)));
+    }
+}
+
+/* Three in four stay readable, to get past the parser. */
+static void
+mutate(input *in)
+{
+    bool readable = below(4) != 0;
+    for (size_t n = 1 + below(3); n > 0; n--) {
+        if (readable) {
+            mutate_json(in);
+        } else {
+            mutate_bytes(in);
+        }
     }
 }
 
@@ -267,18 +294,20 @@ fuzz_for(double seconds)
         fuzz.now.size = AC_MIN(strlen(fuzz_seeds[i]), MAX_INPUT);
         memcpy(fuzz.now.bytes, fuzz_seeds[i], fuzz.now.size);
         keep();
-        run();
+        if (!run(false)) {
+            fprintf(stderr, "seed %zu is refused, so it leads nowhere: %s\n", i,
+                    ac_error_message());
+            abort();
+        }
     }
     while (now_s() < end) {
         /* Half of the time the newest finds, which are the least explored. */
         size_t recent = AC_MIN(fuzz.n_corpus, (size_t)32);
         fuzz.now = *fuzz.corpus[below(2) ? below(fuzz.n_corpus)
                                          : fuzz.n_corpus - 1 - below(recent)];
-        for (size_t n = 1 + below(4); n > 0; n--) {
-            mutate(&fuzz.now);
-        }
+        mutate(&fuzz.now);
         size_t before = n_seen;
-        run();
+        run(true);
         if (n_seen != before) {
             keep();
         }
@@ -295,8 +324,7 @@ replay(const char *path)
     }
     fuzz.now.size = fread(fuzz.now.bytes, 1, MAX_INPUT, file);
     fclose(file);
-    run();
-    printf("%s: fine\n", path);
+    printf("%s: %s\n", path, run(true) ? "accepted" : "refused");
     return true;
 }
 
@@ -324,8 +352,9 @@ main(int argc, char **argv)
     }
     if (files == 0) {
         fuzz_for(seconds);
-        printf("%s: %lld inputs, %lld with a failed allocation, %zu kept, %zu places reached\n",
-               fuzz.crash_path + strlen("crash-"), (long long)fuzz.executions,
+        printf("%s: %lld inputs, %lld accepted, %lld with a failed allocation, %zu kept, %zu "
+               "places reached\n", fuzz.crash_path + strlen("crash-"),
+               (long long)fuzz.executions, (long long)fuzz.accepted,
                (long long)fuzz.failed_allocations, fuzz.n_corpus, n_seen);
     }
     for (size_t i = 0; i < fuzz.n_corpus; i++) {

@@ -12,10 +12,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* Inputs to start from, and pieces of text worth inserting; NULL at the end of each. */
+/* Inputs to start from, all of them accepted, and pieces of text worth inserting; NULL at the end of each. */
 extern const char *const fuzz_seeds[];
 extern const char *const fuzz_words[];
 
+/* 0: accepted, -1: refused. */
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 #define FUZZ_CHECK(condition)                                                                      \

@@ -98,5 +98,5 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                    (status == AC_E_FORMAT && strncmp(ac_error_message(), "fuzz: ", 6) == 0));
     }
     ac_arena_deinit(&arena);
-    return 0;
+    return status == AC_OK ? 0 : -1;
 }

@@ -12,12 +12,12 @@
 #define SMALL "\"block_out_channels\":[8,16],\"norm_num_groups\":4,\"layers_per_block\":1,"
 
 const char *const fuzz_seeds[] = {
-    "00443000{\"_class_name\":\"UNet2DConditionModel\"," SMALL "\"down_block_types\":["
+    "10443000{\"_class_name\":\"UNet2DConditionModel\"," SMALL "\"down_block_types\":["
     "\"CrossAttnDownBlock2D\",\"DownBlock2D\"],\"up_block_types\":[\"UpBlock2D\","
     "\"CrossAttnUpBlock2D\"],\"cross_attention_dim\":8,\"attention_head_dim\":2,"
     "\"sample_size\":8,\"in_channels\":4,\"out_channels\":4,\"center_input_sample\":false,"
     "\"flip_sin_to_cos\":true,\"freq_shift\":0,\"downsample_padding\":1,\"act_fn\":\"silu\"}",
-    "12757116{\"_class_name\":\"UNet2DConditionModel\"," SMALL "\"down_block_types\":["
+    "12757111{\"_class_name\":\"UNet2DConditionModel\"," SMALL "\"down_block_types\":["
     "\"DownBlock2D\",\"CrossAttnDownBlock2D\"],\"up_block_types\":[\"CrossAttnUpBlock2D\","
     "\"UpBlock2D\"],\"cross_attention_dim\":8,\"attention_head_dim\":[1,2],"
     "\"transformer_layers_per_block\":[1,2],\"addition_embed_type\":\"text_time\","
@@ -148,12 +148,12 @@ int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     if (size < ARGUMENTS) {
-        return 0;
+        return -1;
     }
     ac_arena arena;
     ac_arena_init(&arena);
     ac_status status = run(&arena, data, size);
     FUZZ_CHECK(status == AC_OK || (ac_error_message()[0] && status != AC_E_INTERNAL));
     ac_arena_deinit(&arena);
-    return 0;
+    return status == AC_OK ? 0 : -1;
 }

@@ -22,8 +22,8 @@ const char *const fuzz_seeds[] = {
     "," ROW("conv_in.bias", "F32", "[1]", "[72,76]") "," ROW("n", "I64", "[]", "[76,84]") "}   ",
     "H{" ROW("b", "U8", "[4]", "[4,8]") "," ROW("a", "F32", "[1]", "[0,4]") ","
     ROW("c", "BF16", "[0,9]", "[8,8]") "," ROW("d", "BOOL", "[1,1,1,1,1,1]", "[8,9]") "}",
-    "S{" ROW("a", "F16", "[2,3]", "[0,12]") "," ROW("b", "U8", "[9]", "[12,21]") "}",
-    "F\x30", "F\x40{" ROW("a", "F64", "[1]", "[0,8]") "}", "H{}",
+    "S{" ROW("a", "F16", "[2,3]", "[0,12]") "," ROW("b", "U8", "[0]", "[12,12]") ",\"__metadata__\":"
+    "{\"18\":\"\"}}", "H{}",
     NULL,
 };
 const char *const fuzz_words[] = {
@@ -85,7 +85,7 @@ check_file(const uint8_t *file, size_t size, int32_t count)
     ac_weights_unref(weights);
 }
 
-static void
+static ac_status
 check_bytes(const uint8_t *file, size_t size)
 {
     ac_arena arena;
@@ -100,17 +100,19 @@ check_bytes(const uint8_t *file, size_t size)
                    (status == AC_E_FORMAT && strncmp(ac_error_message(), "fuzz: ", 6) == 0));
     }
     ac_arena_deinit(&arena);
+    return status;
 }
 
 /* The length before, and behind the header as many bytes as the largest number in it that a small
  * file can have: mutations of the offsets then often fit.  `cut` takes the last third away. */
-static void
+static ac_status
 check_header(const uint8_t *header, size_t length, bool cut)
 {
     size_t data = 0, number = 0;
     for (size_t i = 0; i < length; i++) {
         bool digit = header[i] >= '0' && header[i] <= '9';
-        number = digit && number < 4096 ? number * 10 + (size_t)(header[i] - '0') : 0;
+        bool in_name = i > 0 && header[i - 1] >= 'A'; /* of "F16" */
+        number = digit && !in_name && number < 4096 ? number * 10 + (size_t)(header[i] - '0') : 0;
         data = number < 4096 ? AC_MAX(data, number) : data;
     }
     data -= cut ? data / 3 : 0;
@@ -120,17 +122,19 @@ check_header(const uint8_t *header, size_t length, bool cut)
         file[i] = (uint8_t)((uint64_t)length >> 8 * i);
     }
     memcpy(file + 8, header, length);
-    check_bytes(file, 8 + length + data);
+    ac_status status = check_bytes(file, 8 + length + data);
     free(file);
+    return status;
 }
 
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    if (size > 0 && (data[0] == 'H' || data[0] == 'S')) {
-        check_header(data + 1, size - 1, data[0] == 'S');
-    } else if (size > 0) {
-        check_bytes(data + 1, size - 1);
+    if (size == 0) {
+        return -1;
     }
-    return 0;
+    ac_status status = data[0] == 'H' || data[0] == 'S'
+                           ? check_header(data + 1, size - 1, data[0] == 'S')
+                           : check_bytes(data + 1, size - 1);
+    return status == AC_OK ? 0 : -1;
 }

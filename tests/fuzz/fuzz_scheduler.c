@@ -91,7 +91,7 @@ int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     if (size < 2) {
-        return 0;
+        return -1;
     }
     ac_arena arena;
     const ac_json *config = NULL;
@@ -111,5 +111,5 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         FUZZ_CHECK(ac_error_message()[0] && status != AC_E_INTERNAL);
     }
     ac_arena_deinit(&arena);
-    return 0;
+    return status == AC_OK ? 0 : -1;
 }
