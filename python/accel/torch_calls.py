@@ -1,0 +1,220 @@
+"""What a call of a diffusers or transformers module asks for, and what it gives back.
+
+One class for each kind of module. `request` reads the arguments; anything the engine does not do
+raises Fallback. The returned Request says what to run and how to wrap the results, which are what
+the original returns: the same class, the same dtype, fresh tensors.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from .torch_watch import Fallback, check_tensor
+
+NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass
+class Request:
+    """One run of the engine."""
+
+    args: dict                 # sizes; see _core.Model.run
+    inputs: dict               # name -> tensor
+    wrap: object               # callable({name: tensor}) -> what the caller gets
+    prompt: tuple = ()         # tensors that the prompt section depends on, () to run it always
+    dtypes: dict = field(default_factory=dict)
+
+
+def _output_class(module, name):
+    return getattr(sys.modules[type(module).__module__], name)
+
+
+def _only(arguments, handled, defaults):
+    """Arguments nobody gave are None or their default; the handled ones may be anything."""
+    for name, value in arguments.items():
+        if name in handled or value is None or value is defaults.get(name):
+            continue
+        if isinstance(value, dict | list | tuple) and not value:
+            continue
+        raise Fallback(f"argument {name}")
+
+
+def _input(value, what, rank, dtype):
+    """A tensor of the module's dtype; eager raises for another one, so that is left to it."""
+    check_tensor(value, what, rank)
+    if value.dtype != dtype:
+        raise Fallback(f"{what} is {value.dtype}, the parameters are {dtype}")
+    return value
+
+
+class UNetCalls:
+    """UNet2DConditionModel.forward."""
+
+    methods = ("forward",)
+
+    def request(self, method, module, dtype, a, defaults):
+        _only(a, {"sample", "timestep", "encoder_hidden_states", "added_cond_kwargs",
+                  "encoder_attention_mask", "return_dict"}, defaults)
+        sample = _input(a["sample"], "sample", 4, dtype)
+        states = _input(a["encoder_hidden_states"], "encoder_hidden_states", 3, dtype)
+        batch, _, height, width = sample.shape
+        times = self._times(a["timestep"], batch)
+        args = {"entry": "forward", "batch": batch, "height": height, "width": width,
+                "tokens": states.shape[1], "timesteps": len(times), "io_dtype": NAMES[dtype]}
+        inputs = {"sample": sample, "timestep": times,
+                  "encoder_hidden_states": states.contiguous()}
+        inputs |= self._added(a.get("added_cond_kwargs"), module, dtype, args)
+        mask = a.get("encoder_attention_mask")
+        if mask is not None:
+            args["masked"] = True
+            mask = check_tensor(mask, "encoder_attention_mask", 2)
+            inputs["encoder_attention_mask"] = ((1 - mask.to(dtype)) * -10000.0).float()
+        prompt = tuple(t for n, t in inputs.items() if n not in ("sample", "timestep"))
+        return_dict = a.get("return_dict", True)
+        output = _output_class(module, "UNet2DConditionOutput")
+
+        def wrap(out):
+            return output(sample=out["sample"]) if return_dict else (out["sample"],)
+
+        return Request(args, inputs, wrap, prompt)
+
+    @staticmethod
+    def _times(timestep, batch):
+        """The timestep as float32 [1] or [batch]: diffusers, too, computes its sinusoid there."""
+        if isinstance(timestep, torch.Tensor):
+            if timestep.device.type != "cpu" or timestep.ndim > 1:
+                raise Fallback(f"timestep has shape {list(timestep.shape)} on {timestep.device}")
+            times = timestep.detach().reshape(-1).to(torch.float32).contiguous()
+        elif isinstance(timestep, int | float):
+            times = torch.tensor([timestep], dtype=torch.float32)
+        else:
+            raise Fallback(f"timestep is a {type(timestep).__name__}")
+        if len(times) not in (1, batch):
+            raise Fallback(f"{len(times)} timesteps for {batch} samples")
+        return times
+
+    @staticmethod
+    def _added(added, module, dtype, args):
+        """SDXL's size and pooled conditions; the model takes nothing else of the dict."""
+        if module.config.addition_embed_type is None:
+            if added:
+                raise Fallback(f"added_cond_kwargs {sorted(added)}")
+            return {}
+        added = added or {}
+        if set(added) != {"text_embeds", "time_ids"}:
+            raise Fallback(f"added_cond_kwargs {sorted(added)}")
+        embeds = check_tensor(added["text_embeds"], "text_embeds", 2).to(dtype)
+        ids = check_tensor(added["time_ids"], "time_ids", 2)
+        cast = ids.to(dtype)
+        if not torch.equal(cast.to(torch.float64), ids.to(torch.float64)):
+            raise Fallback(f"time_ids that {dtype} cannot hold")
+        args["time_ids"] = ids.shape[1]
+        return {"text_embeds": embeds.contiguous(), "time_ids": cast.contiguous()}
+
+
+class VAECalls:
+    """AutoencoderKL._encode and ._decode, which encode, decode and forward call.
+
+    Slicing, hooks of offload and the posterior stay diffusers' own.
+    """
+
+    methods = ("_encode", "_decode")
+
+    def request(self, method, module, dtype, a, defaults):
+        return getattr(self, method)(module, dtype, a, defaults)
+
+    @staticmethod
+    def _sizes(entry, x, dtype):
+        batch, _, height, width = x.shape
+        return {"entry": entry, "batch": batch, "height": height, "width": width,
+                "io_dtype": NAMES[dtype]}
+
+    def _encode(self, module, dtype, a, defaults):
+        _only(a, {"x"}, defaults)
+        x = _input(a["x"], "x", 4, dtype)
+        if module.use_tiling and max(x.shape[2:]) > module.tile_sample_min_size:
+            raise Fallback("tiling")
+        return Request(self._sizes("encode", x, dtype), {"sample": x}, lambda out: out["moments"])
+
+    def _decode(self, module, dtype, a, defaults):
+        _only(a, {"z", "return_dict"}, defaults)
+        z = _input(a["z"], "z", 4, dtype)
+        if module.use_tiling and max(z.shape[2:]) > module.tile_latent_min_size:
+            raise Fallback("tiling")
+        output = _output_class(module, "DecoderOutput")
+        return_dict = a.get("return_dict", True)
+
+        def wrap(out):
+            return output(sample=out["sample"]) if return_dict else (out["sample"],)
+
+        return Request(self._sizes("decode", z, dtype), {"latents": z}, wrap)
+
+
+class TextCalls:
+    """CLIPTextModel and CLIPTextModelWithProjection: forward."""
+
+    methods = ("forward",)
+
+    def request(self, method, module, dtype, a, defaults):
+        a = {**a, **a.pop("kwargs", {})}
+        _only(a, {"input_ids", "attention_mask", "output_hidden_states", "return_dict"},
+              {**defaults, "output_attentions": False})
+        config = module.config
+        states = a.get("output_hidden_states")
+        states = bool(config.output_hidden_states) if states is None else states
+        if not isinstance(states, bool) or config.output_attentions:
+            raise Fallback("output_attentions or chosen hidden states")
+        ids = check_tensor(a["input_ids"], "input_ids", 2)
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise Fallback(f"input_ids are {ids.dtype}")
+        args = {"entry": "forward", "batch": ids.shape[0], "tokens": ids.shape[1],
+                "hidden_states": states, "io_dtype": NAMES[dtype]}
+        inputs = {"input_ids": ids.to(torch.int64).contiguous()}
+        mask = self._mask(a.get("attention_mask"), ids)
+        if mask is not None:
+            args["masked"] = True
+            inputs["attention_mask"] = mask
+        return_dict = a.get("return_dict")
+        return_dict = config.return_dict if return_dict is None else return_dict
+
+        def wrap(out):
+            result = self._result(module, out)
+            return result if return_dict else result.to_tuple()
+
+        return Request(args, inputs, wrap)
+
+    @staticmethod
+    def _mask(mask, ids):
+        """Added to the scores; None where every token is seen."""
+        if mask is None:
+            return None
+        mask = check_tensor(mask, "attention_mask", 2)
+        if mask.shape != ids.shape or mask.dtype.is_floating_point:
+            raise Fallback(f"attention_mask is {mask.dtype} {list(mask.shape)}")
+        hidden = mask == 0
+        if hidden[:, 0].any():
+            raise Fallback("attention_mask hides the first token")
+        if not hidden.any():
+            return None
+        return torch.zeros(mask.shape).masked_fill_(hidden, torch.finfo(torch.float32).min)
+
+    @staticmethod
+    def _result(module, out):
+        states = tuple(out[f"hidden_states.{i}"] for i in range(len(out))
+                       if f"hidden_states.{i}" in out) or None
+        if "text_embeds" in out:
+            return _output_class(module, "CLIPTextModelOutput")(
+                text_embeds=out["text_embeds"], last_hidden_state=out["last_hidden_state"],
+                hidden_states=states)
+        return _output_class(module, "BaseModelOutputWithPooling")(
+            last_hidden_state=out["last_hidden_state"], pooler_output=out["pooler_output"],
+            hidden_states=states)
+
+
+CALLS = {
+    "UNet2DConditionModel": UNetCalls(),
+    "AutoencoderKL": VAECalls(),
+    "CLIPTextModel": TextCalls(),
+    "CLIPTextModelWithProjection": TextCalls(),
+}
