@@ -275,15 +275,17 @@ def config_text(module):
 # ---- putting it on and off -----------------------------------------------------------------------
 
 
+_hidden = []  # Native.call as torch.compile must take it; one entry, when first needed
+
+
 def _untraced():
     """Native.call, hidden from torch.compile where somebody has loaded that."""
     dynamo = sys.modules.get("torch._dynamo")
-    return Native.call if dynamo is None else _disabled(dynamo)
-
-
-@functools.cache
-def _disabled(dynamo):
-    return dynamo.disable(Native.call)
+    if dynamo is None:
+        return Native.call
+    if not _hidden:
+        _hidden.append(dynamo.disable(Native.call))
+    return _hidden[0]
 
 
 def _method(native, name, original):
@@ -295,7 +297,6 @@ def _method(native, name, original):
     functools.update_wrapper(method, original)
     del method.__wrapped__
     method.__signature__ = native.signatures[name]
-    method._torchdynamo_disable = True  # torch.compile around it calls it as it is
     method._accel = native
     return method
 
