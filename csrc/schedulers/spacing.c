@@ -169,11 +169,12 @@ ac_sched_time_of(const ac_sched_build *build, double sigma)
 {
     const double *logs = build->log_sigmas;
     double wanted = log(fmax(sigma, 1e-10));
-    int32_t low = build->n_alphas - 1; /* the last one that is not above */
-    while (low > 0 && logs[low] > wanted) {
-        low--;
+    int32_t last = build->n_alphas - 1, low = 0, above = last;
+    while (above - low > 1) { /* the last one that is not above `wanted`, all but the last rise */
+        int32_t middle = low + (above - low) / 2;
+        *(logs[middle] <= wanted ? &low : &above) = middle;
     }
-    low = AC_MAX(AC_MIN(low, build->n_alphas - 2), 0);
+    low = logs[last] <= wanted ? AC_MAX(last - 1, 0) : low;
     int32_t high = AC_MIN(low + 1, build->n_alphas - 1);
     double w = (logs[low] - wanted) / (float)(logs[low] - logs[high]);
     w = fmin(fmax(w, 0.0), 1.0);
