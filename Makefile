@@ -110,7 +110,7 @@ SAN_RUN    := ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 \
 SAN_PYTHON  = LD_PRELOAD="$(foreach l,libasan.so libubsan.so libstdc++.so,$(shell $(CC) -print-file-name=$(l)))" \
               ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/san
 TORCHFREE  := $(wildcard tests/torchfree/test_*.py)
-OOM_TESTS   = $(patsubst tests/c/%.c,build/san/tests/%,$(shell grep -l 'test_oom(' tests/c/test_*.c))
+OOM_TESTS   = $(patsubst tests/c/%.c,build/san/tests/%,$(shell grep -l test_oom tests/c/test_*.c))
 FUZZERS    := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 FUZZ_SECONDS ?= 60
 
@@ -144,7 +144,7 @@ $(PYOBJ): PYFLAGS = -I$(shell $(PY) -c 'import sysconfig; print(sysconfig.get_pa
     -DPy_LIMITED_API=0x030B0000 -DACCEL_VERSION='"0"' -Wno-error
 
 san-extension: $(OBJ) $(PYOBJ)
-	mkdir -p $(B)/accel && cp -r $(filter-out %.so python/accel/__pycache__,$(wildcard python/accel/*)) $(B)/accel/
+	rm -rf $(B)/accel && mkdir -p $(B)/accel && cp -r $(filter-out %.so python/accel/__pycache__,$(wildcard python/accel/*)) $(B)/accel/
 	$(CC) $(CFLAGS) -shared $^ -lm -lpthread -ldl -o $(B)/accel/_core.abi3.so
 
 clean: ## remove what was built
