@@ -122,7 +122,7 @@ life_and_end(void *context)
     return status;
 }
 
-/* The device, its pool and lanes outlive a model; they are opened before allocations are counted. */
+/* The device, its pool and lanes outlive a model: they are opened before anything is counted. */
 static ac_device *
 open_device(void)
 {

@@ -12,7 +12,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* Inputs to start from, all of them accepted, and pieces of text worth inserting; NULL at the end of each. */
+/* Inputs to start from, all of them accepted, and pieces of text worth inserting; NULL at the end
+ * of each. */
 extern const char *const fuzz_seeds[];
 extern const char *const fuzz_words[];
 

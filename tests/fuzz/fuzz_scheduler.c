@@ -21,7 +21,8 @@ const char *const fuzz_seeds[] = {
     "\"timestep_spacing\":\"linspace\"}",
     "o0{\"_class_name\":\"EulerDiscreteScheduler\"," BASE "\"use_karras_sigmas\":true,"
     "\"interpolation_type\":\"linear\",\"timestep_spacing\":\"linspace\",\"sigma_min\":null}",
-    "u1{\"_class_name\":\"EulerAncestralDiscreteScheduler\"," BASE "\"prediction_type\":\"epsilon\"}",
+    "u1{\"_class_name\":\"EulerAncestralDiscreteScheduler\"," BASE
+    "\"prediction_type\":\"epsilon\"}",
     "x0{\"_class_name\":\"DPMSolverMultistepScheduler\"," BASE "\"algorithm_type\":\"dpmsolver++\","
     "\"solver_order\":3,\"solver_type\":\"midpoint\",\"lower_order_final\":true,"
     "\"use_karras_sigmas\":true,\"lambda_min_clipped\":-Infinity,\"variance_type\":null}",
@@ -44,7 +45,8 @@ const char *const fuzz_words[] = {
     "\"sigma_min\":", "\"sigma_max\":", "\"rho\":", "\"thresholding\":true,",
     "\"dynamic_thresholding_ratio\":", "\"sample_max_value\":", "\"clip_sample_range\":",
     "\"flow_shift\":", "\"rescale_betas_zero_snr\":true,", "\"lambda_min_clipped\":",
-    "\"solver_order\":", "\"steps_offset\":", "\"num_train_timesteps\":", "\"euler_at_final\":true,",
+    "\"solver_order\":", "\"steps_offset\":", "\"num_train_timesteps\":",
+    "\"euler_at_final\":true,",
     NULL,
 };
 
