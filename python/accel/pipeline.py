@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from . import _core, images, schedules
-from ._core import FileError, InvalidArgument, ShapeError, UnsupportedError
+from ._core import InvalidArgument, ShapeError, UnsupportedError
+from .arguments import integer, number, texts
 from .components import VAE, TextEncoder, UNet, read_json, to_numpy
 from .tokenizer import Tokenizer
 
@@ -180,13 +181,13 @@ class Pipeline:
         InvalidArgument, ShapeError, UnsupportedError
             Naming the argument.
         """
-        prompts = _texts(prompt, "prompt")
+        prompts = texts(prompt, "prompt")
         guidance = self._guidance(guidance_scale)
         if output_type not in ("pil", "np", "latent"):
             raise InvalidArgument(f"output_type: found {output_type!r}, expected 'pil', 'np' or "
                                   "'latent'")
         height, width = self._size(height, "height", 0), self._size(width, "width", 1)
-        count = len(prompts) * _integer(num_images_per_prompt, "num_images_per_prompt", 1, 1024)
+        count = len(prompts) * integer(num_images_per_prompt, "num_images_per_prompt", 1, 1024)
         schedule = schedules.make(self._scheduler(scheduler), num_inference_steps, eta)
         generators, seeds = _generators(seed, generator, count)
 
@@ -202,14 +203,14 @@ class Pipeline:
                        callback_on_step_end) as progress:
             _core.denoise(self.unet._model, schedule, latents, inputs, generators,
                           guidance_scale=guidance,
-                          guidance_rescale=_number(guidance_rescale, "guidance_rescale"),
+                          guidance_rescale=number(guidance_rescale, "guidance_rescale"),
                           callback=progress.step, cancel=cancel)
         return PipelineOutput(self._finish(latents, output_type), seeds)
 
     def _guidance(self, scale):
         if scale is None:
             return 5.0 if self.is_xl else 7.5
-        return _number(scale, "guidance_scale")
+        return number(scale, "guidance_scale")
 
     def _size(self, size, what, axis):
         factor = self.vae.scale_factor
@@ -219,7 +220,7 @@ class Pipeline:
             if not self.is_xl and size < 64 and _is_before_0_9(self.unet.config):
                 size = 64  # the first published configs say 32 and mean 64
             return size * factor
-        size = _integer(size, what, factor, MAX_SIZE)
+        size = integer(size, what, factor, MAX_SIZE)
         if size % factor:
             raise InvalidArgument(f"{what}: found {size}, expected a multiple of {factor}")
         return size
@@ -233,9 +234,9 @@ class Pipeline:
 
     def _encode(self, prompts, negative, prompt_2, negative_2, guided, clip_skip):
         """Conditions for n prompts."""
-        skip = 0 if clip_skip is None else _integer(clip_skip, "clip_skip", 0, 256)
+        skip = 0 if clip_skip is None else integer(clip_skip, "clip_skip", 0, 256)
         n = len(prompts)
-        second = _texts(prompt_2, "prompt_2", n) if prompt_2 else prompts
+        second = texts(prompt_2, "prompt_2", n) if prompt_2 else prompts
         states, pooled = self._run_encoders([prompts, second], skip)
         conditions = Conditions(states, pooled=pooled)
         if not guided:
@@ -245,19 +246,19 @@ class Pipeline:
             conditions.negative_states = np.zeros_like(states)
             conditions.negative_pooled = np.zeros_like(pooled)
             return conditions
-        negatives = _texts(negative or "", "negative_prompt", n)
-        second = _texts(negative_2, "negative_prompt_2", n) if negative_2 else negatives
+        negatives = texts(negative or "", "negative_prompt", n)
+        second = texts(negative_2, "negative_prompt_2", n) if negative_2 else negatives
         # as diffusers does, the negative prompt is never skipped
         conditions.negative_states, conditions.negative_pooled = self._run_encoders(
             [negatives, second], 0)
         return conditions
 
-    def _run_encoders(self, texts, skip):
-        """States [n, tokens, sum of d] and pooled [n, d] of the last encoder that projects."""
+    def _run_encoders(self, prompt_lists, skip):
+        """States [n, tokens, sum of d] and, for SDXL, the projecting encoder's pooled [n, d]."""
         all_states, pooled = [], None
-        for tokenizer, encoder, prompts in zip(self.tokenizers, self.text_encoders,
-                                               texts[-len(self.tokenizers):] if self.is_xl
-                                               else texts, strict=False):
+        lists = prompt_lists[:len(self.tokenizers)]
+        for tokenizer, encoder, prompts in zip(self.tokenizers, self.text_encoders, lists,
+                                               strict=True):
             ids = tokenizer(prompts)
             if self.is_xl:
                 out = encoder(ids, hidden_states=True)
@@ -361,40 +362,6 @@ class _Progress:
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-def _texts(value, what, count=None):
-    """A list of strings; one string stands for all `count`."""
-    texts = [value] * (count or 1) if isinstance(value, str) else value
-    if (not isinstance(texts, list | tuple) or not texts
-            or not all(isinstance(t, str) for t in texts)):
-        raise InvalidArgument(f"{what}: found {value!r:.100}, expected a string or a list of them")
-    if count is not None and len(texts) != count:
-        raise InvalidArgument(f"{what}: found {len(texts)} of them, expected {count}, one for each "
-                              "prompt")
-    return list(texts)
-
-
-def _integer(value, what, least, most):
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = int(value.__index__())
-    except (AttributeError, TypeError) as error:
-        raise InvalidArgument(f"{what}: found {value!r:.100}, expected an integer") from error
-    if not least <= number <= most:
-        raise InvalidArgument(f"{what}: found {number}, expected {least} to {most}")
-    return number
-
-
-def _number(value, what):
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidArgument(f"{what}: found {value!r:.100}, expected a number") from error
-    if not math.isfinite(number):
-        raise InvalidArgument(f"{what}: found {number}, expected a finite number")
-    return number
-
-
 def _generators(seed, generator, count):
     """Generators for `count` images, one or as many, and the seeds they were made of."""
     if seed is not None and generator is not None:
@@ -410,7 +377,7 @@ def _generators(seed, generator, count):
     else:
         seeds = secrets.randbits(32) if seed is None else seed
         each = list(seeds) if isinstance(seeds, list | tuple) else [seeds]
-        generators = [_core.Rng(_integer(s, "seed", -2**63, 2**64 - 1)) for s in each]
+        generators = [_core.Rng(integer(s, "seed", -2**63, 2**64 - 1)) for s in each]
     if len(generators) not in (1, count):
         raise InvalidArgument(f"seed: found {len(generators)}, expected one, or one for each of "
                               f"{count} images")
@@ -428,7 +395,7 @@ def _time_ids(sizes, batch):
         if not isinstance(size, list | tuple) or len(size) != 2:
             raise InvalidArgument(f"original_size, crops_coords_top_left, target_size: found "
                                   f"{size!r:.100}, expected two numbers")
-        row += [_number(v, "original_size, crops_coords_top_left, target_size") for v in size]
+        row += [number(v, "original_size, crops_coords_top_left, target_size") for v in size]
     return np.tile(np.array(row, np.float32), (batch, 1))
 
 
@@ -439,5 +406,3 @@ def _is_before_0_9(config):
     except (ValueError, IndexError):
         return False
 
-
-__all__ = ["FileError", "Pipeline", "PipelineOutput"]

@@ -1,11 +1,11 @@
 """Schedulers by name, and the configs the engine makes their tables from."""
 
 import json
-import math
 from collections.abc import Mapping
 
 from . import _core
 from ._core import InvalidArgument, UnsupportedError
+from .arguments import integer, number
 
 # short name -> class and what it sets; other names for the same one follow
 _SHORT = {
@@ -86,12 +86,8 @@ def resolve(config, scheduler, *, mends=None):
 
 def make(config, steps, eta=0.0):
     """The table for this many steps; a `_core.Schedule`."""
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise InvalidArgument(f"num_inference_steps: found {steps!r}, expected an integer")
-    if not 1 <= steps <= 2**31 - 1:
-        raise InvalidArgument(f"num_inference_steps: found {steps}, expected 1 or more")
-    if not isinstance(eta, int | float) or not math.isfinite(eta):
-        raise InvalidArgument(f"eta: found {eta!r}, expected a finite number")
+    steps = integer(steps, "num_inference_steps", 1, 2**31 - 1)
+    eta = number(eta, "eta")
     try:
         text = json.dumps(config, allow_nan=False)
     except (TypeError, ValueError) as error:

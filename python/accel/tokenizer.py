@@ -124,7 +124,7 @@ class Tokenizer:
             if len(ids) > length - 2:
                 warnings.warn(
                     f"the prompt has {len(ids) + 2} tokens and the text encoder takes {length}; "
-                    f"cut: {self.decode(ids[length - 2:])!r}", TruncationWarning, stacklevel=4)
+                    f"cut: {self.decode(ids[length - 2:])!r}", TruncationWarning, stacklevel=5)
                 ids = ids[:length - 2]
             row[:len(ids) + 2] = [self.start, *ids, self.end]
         return out
