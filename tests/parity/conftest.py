@@ -1,4 +1,8 @@
-"""Parity tests: one thread each, since the machines that run them are small and shared."""
+"""Parity tests run without gradients, and PyTorch on one thread.
+
+The models are small: on a busy machine PyTorch's threads wait for each other a hundred times longer
+than they work.
+"""
 
 import os
 
@@ -7,9 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: full-size models, tens of seconds each")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
