@@ -40,21 +40,30 @@ NVCC             ?= nvcc
 ACCEL_CUDA_ARCHS ?= 90a
 CUDA_SO          := python/accel/libaccel_cuda.so
 GENCODE          := $(foreach a,$(subst ;, ,$(subst .,,$(ACCEL_CUDA_ARCHS))),-gencode arch=compute_$(a),code=sm_$(a))
+# cublasLt.h: nvcc's, or that of NVIDIA's pip packages.  Without it cublaslt.c is left out.
+NVCC_PATH        := $(shell command -v $(NVCC))
+CUBLAS_HEADER    := $(if $(NVCC_PATH),$(firstword $(wildcard $(CUBLAS_INCLUDE)/cublasLt.h \
+                      $(dir $(realpath $(NVCC_PATH)))../include/cublasLt.h /usr/local/cuda/include/cublasLt.h \
+                      $(or $(VENV),.venv)/lib/python3*/site-packages/nvidia/*/include/cublasLt.h) \
+                      $(shell python3 -c 'import glob, nvidia; [print(f) for p in nvidia.__path__ for f in glob.glob(p + "/*/include/cublasLt.h")]' 2>/dev/null)))
+CUDA_FLAGS       := $(if $(CUBLAS_HEADER),-DAC_HAVE_CUBLASLT -isystem $(dir $(CUBLAS_HEADER)))
+CUDA_C           := $(filter-out $(if $(CUBLAS_HEADER),,%/cublaslt.c),$(wildcard kernels/cuda/*.c))
 CUDA_OBJ         := $(patsubst %.cu,$(B)/%.cu.o,$(wildcard kernels/cuda/*.cu)) \
-                    $(patsubst %.c,$(B)/cuda/%.o,$(wildcard kernels/cuda/*.c) csrc/tensor.c)
+                    $(patsubst %.c,$(B)/cuda/%.o,$(CUDA_C) csrc/tensor.c)
 CUDA_HOST_FLAGS  := -fPIC,-fvisibility=hidden
 
-$(B)/%.cu.o: %.cu $(wildcard kernels/cuda/*.cuh kernels/cuda/*.h csrc/*.h)
+$(B)/%.cu.o: %.cu $(wildcard kernels/cuda/*.cuh kernels/cuda/*.h) csrc/base.h csrc/tensor.h csrc/ops.h csrc/ops.def csrc/kernel.h csrc/device.h
 	@mkdir -p $(@D)
 	$(NVCC) -std=c++20 -O3 $(GENCODE) -Xcompiler $(CUDA_HOST_FLAGS),-Wall -c $< -o $@
 
-$(B)/cuda/%.o: %.c $(wildcard kernels/cuda/*.h csrc/*.h)
+$(B)/cuda/%.o: %.c $(wildcard kernels/cuda/*.h) csrc/base.h csrc/tensor.h csrc/ops.h csrc/ops.def csrc/kernel.h csrc/device.h
 	@mkdir -p $(@D)
-	$(NVCC) -O2 -x c -Xcompiler -std=c11,-D_GNU_SOURCE,-Wall,-Wextra,$(CUDA_HOST_FLAGS) -c $< -o $@
+	$(NVCC) -O2 -x c $(CUDA_FLAGS) -Xcompiler -std=c11,-D_GNU_SOURCE,-Wall,-Wextra,$(CUDA_HOST_FLAGS) -c $< -o $@
 
 $(CUDA_SO): $(CUDA_OBJ)
 	@mkdir -p $(@D)
-	$(NVCC) -shared -cudart static $(GENCODE) $^ -o $@
+	$(if $(CUBLAS_HEADER),,@echo "cuda: without cuBLASLt: no cublasLt.h was found (pip install nvidia-cublas has it)")
+	$(NVCC) -shared -cudart static $(GENCODE) $^ -ldl -lpthread -o $@
 
 cuda: ## the CUDA library, where nvcc is found
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) --no-print-directory $(CUDA_SO); \

@@ -1,43 +1,38 @@
-/* add: c = a + b, contiguous, one float dtype; b of a's shape or [n, c] broadcast between. */
-#include "elementwise.cuh"
+/* add: y = a + b; b has a's shape, or is [n, c] or [1, c] and holds for all that lies between.
+ * Bound: memory. */
+#include "element.cuh"
 #include "list.h"
 
-/* Element i of a pairs with b[i / image * image_step + i % channels]. */
-template <typename T>
-__global__ static void
-add_kernel(T *y, const T *a, const T *b, int64_t count, int64_t image, int64_t channels,
-           int64_t image_step)
-{
-    int64_t stride = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {
-        int64_t k = channels ? i / image * image_step + i % channels : i;
-        y[i] = (T)((float)a[i] + (float)b[k]);
+struct apply {
+    ac_cells y, a, b;
+    __device__ void
+    operator()(const int64_t (&at)[3]) const
+    {
+        ac_store(y, at[0], ac_load(a, at[1]) + ac_load(b, at[2]));
     }
-}
+};
 
 static bool
 supports(const ac_problem *p, const ac_caps *)
 {
-    const ac_tensor *a = &p->input[0], *b = &p->input[1];
-    return ac_cuda_float(p->output.dtype) && a->dtype == p->output.dtype &&
-           b->dtype == a->dtype && ac_tensor_is_contiguous(a) && ac_tensor_is_contiguous(b) &&
-           ac_tensor_is_contiguous(&p->output);
+    return ac_cuda_float(p->output.dtype) && ac_cuda_float(p->input[0].dtype) &&
+           ac_cuda_float(p->input[1].dtype);
 }
 
 static ac_status
 launch(ac_lane *lane, const ac_problem *p, void *, const void *)
 {
-    const ac_shape *a = &p->input[0].shape, *b = &p->input[1].shape;
-    int64_t count = ac_tensor_count(&p->output), images = a->dim[0];
-    int64_t channels = ac_shape_equal(a, b) ? 0 : b->dim[b->rank - 1];
-    int64_t step = b->dim[0] == 1 ? 0 : channels;
-    return ac_cuda_by_dtype(p->output.dtype, [&](auto *type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        add_kernel<T><<<ac_cuda_blocks(count), AC_THREADS, 0, lane->stream>>>(
-            (T *)p->output.data, (const T *)p->input[0].data, (const T *)p->input[1].data, count,
-            count / images, channels, step);
-        return AC_CUDA_LAUNCHED("add_kernel");
-    });
+    const ac_tensor *a = &p->input[0], *b = &p->input[1], *y = &p->output;
+    int64_t broadcast[AC_MAX_RANK] = {0};
+    int32_t last = y->shape.rank - 1;
+    if (!ac_shape_equal(&a->shape, &b->shape)) {
+        broadcast[0] = b->shape.dim[0] > 1 ? b->stride[0] : 0;
+        broadcast[last] = b->stride[1];
+    }
+    const int64_t *const strides[] = {
+        y->stride, a->stride, ac_shape_equal(&a->shape, &b->shape) ? b->stride : broadcast};
+    return ac_cuda_each<3>(lane, "add", ac_walk_of(&y->shape, 3, strides),
+                           apply{ac_cells_of(y), ac_cells_of(a), ac_cells_of(b)});
 }
 
 extern "C" const ac_kernel ac_cuda_add = {

@@ -14,10 +14,14 @@ extern "C" {
 
 #include <cuda_runtime_api.h>
 
+typedef struct ac_cuda_device ac_cuda_device; /* device.c's */
+typedef struct ac_cuda_blas ac_cuda_blas;     /* cublaslt.c's; one a device */
+
 /* A stream, and the device it belongs to. */
 struct ac_lane {
     cudaStream_t stream;
-    int32_t device;
+    ac_cuda_device *device; /* borrowed: lanes are closed before it */
+    bool recording;         /* between record_begin and record_end: nothing may wait */
 };
 
 /* The host's services; set once, when the library is opened. */
@@ -28,8 +32,18 @@ ac_status ac_cuda_fail(ac_status status, const char *format, ...) AC_PRINTF(2, 3
 ac_status ac_cuda_check(cudaError_t status, const char *call);
 
 #define AC_CUDA(call) AC_TRY(ac_cuda_check((call), #call))
-/* After a launch: its configuration errors; what it does later shows at a sync. */
-#define AC_CUDA_LAUNCHED(name) ac_cuda_check(cudaPeekAtLastError(), name)
+
+/* Makes the lane's device current for the calling thread and tells what was; a lost device is an
+ * error here.  Every enter that succeeds has its leave, which passes `status` on. */
+ac_status ac_cuda_enter(const ac_lane *lane, int *previous);
+ac_status ac_cuda_leave(const ac_lane *lane, int previous, ac_status status);
+/* After a launch: `status` is what the launch gave; what it does later shows at a sync.  With
+ * ACCEL_SYNC=1 waits here, so that the error names the step. */
+ac_status ac_cuda_launched(const ac_lane *lane, cudaError_t status, const char *name);
+
+/* The device's place for what cublaslt.c keeps, NULL at first. */
+ac_cuda_blas **ac_cuda_blas_slot(const ac_lane *lane);
+void ac_cuda_blas_free(ac_cuda_blas *blas);
 
 extern const ac_kernel *const ac_cuda_kernels[];
 

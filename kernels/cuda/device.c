@@ -1,15 +1,26 @@
 /* device: the CUDA backend behind ac_backend_cuda, the library's only exported symbol.
  *
  * Every entry point sets the device it works on and restores the caller's: there is no "current
- * device" in the engine.  Memory comes from the device's stream-ordered pool.
+ * device" in the engine.  An error that ends the context marks the device lost: from then on every
+ * call gives the first message.
  */
 #include "cuda.h"
 
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
-typedef struct cuda_device {
+struct ac_cuda_device {
     int32_t index;
-} cuda_device;
+    bool sync;         /* ACCEL_SYNC=1 when it was opened */
+    int lost;          /* 0, 1 being written, 2: `first` is set; atomic */
+    char first[320];   /* message of the error that lost it */
+    ac_cuda_blas *blas; /* NULL until a GEMM needs it */
+};
+
+struct ac_recording {
+    cudaGraphExec_t graph;
+};
 
 const ac_host *ac_cuda_host;
 
@@ -34,28 +45,97 @@ ac_cuda_check(cudaError_t status, const char *call)
                         cudaGetErrorName(status));
 }
 
-/* Makes `index` current and tells what was. */
+/* ---- the current device, and losing one ----------------------------------------------------------- */
+
 static ac_status
-enter(int32_t index, int *previous)
+enter(ac_cuda_device *device, int *previous)
 {
+    if (__atomic_load_n(&device->lost, __ATOMIC_ACQUIRE) == 2) {
+        return ac_cuda_fail(AC_E_DEVICE, "cuda:%d was lost; the first error was: %s",
+                            device->index, device->first);
+    }
     AC_CUDA(cudaGetDevice(previous));
-    if (*previous != index) {
-        AC_CUDA(cudaSetDevice(index));
+    if (*previous != device->index) {
+        AC_CUDA(cudaSetDevice(device->index));
     }
     return AC_OK;
 }
 
 static ac_status
-leave(int32_t index, int previous, ac_status status)
+leave(ac_cuda_device *device, int previous, ac_status status)
 {
-    if (previous != index) {
+    if (previous != device->index) {
         cudaError_t back = cudaSetDevice(previous);
         return status < 0 ? status : ac_cuda_check(back, "cudaSetDevice");
     }
     return status;
 }
 
-/* ---- life ------------------------------------------------------------------------------------ */
+/* Errors after which the context answers nothing but the same error. */
+static bool
+is_final(cudaError_t status)
+{
+    switch (status) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchFailure:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorHardwareStackError:
+    case cudaErrorAssert:
+    case cudaErrorECCUncorrectable:
+    case cudaErrorNvlinkUncorrectable:
+    case cudaErrorContextIsDestroyed:
+    case cudaErrorDevicesUnavailable:
+        return true;
+    default:
+        return false;
+    }
+}
+
+static ac_status
+check(ac_cuda_device *device, cudaError_t status, const char *call)
+{
+    int unset = 0;
+    if (is_final(status) && __atomic_compare_exchange_n(&device->lost, &unset, 1, false,
+                                                        __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) {
+        snprintf(device->first, sizeof device->first, "%s: %s (%s)", call,
+                 cudaGetErrorString(status), cudaGetErrorName(status));
+        __atomic_store_n(&device->lost, 2, __ATOMIC_RELEASE);
+    }
+    return ac_cuda_check(status, call);
+}
+
+ac_status
+ac_cuda_enter(const ac_lane *lane, int *previous)
+{
+    return enter(lane->device, previous);
+}
+
+ac_status
+ac_cuda_leave(const ac_lane *lane, int previous, ac_status status)
+{
+    return leave(lane->device, previous, status);
+}
+
+ac_status
+ac_cuda_launched(const ac_lane *lane, cudaError_t status, const char *name)
+{
+    if (status == cudaSuccess && lane->device->sync && !lane->recording) {
+        status = cudaStreamSynchronize(lane->stream);
+    }
+    return check(lane->device, status, name);
+}
+
+ac_cuda_blas **
+ac_cuda_blas_slot(const ac_lane *lane)
+{
+    return &lane->device->blas;
+}
+
+/* ---- life --------------------------------------------------------------------------------------- */
 
 static ac_status
 no_device(cudaError_t status)
@@ -74,6 +154,15 @@ no_device(cudaError_t status)
     return ac_cuda_check(status, "cudaGetDeviceCount");
 }
 
+/* ACCEL_FORCE_ARCH=75 restricts the choice of kernels to what sm_75 has. */
+static int
+allowed_arch(int arch)
+{
+    const char *text = getenv("ACCEL_FORCE_ARCH");
+    int forced = text ? atoi(text) : 0;
+    return forced > 0 && forced < arch ? forced : arch;
+}
+
 static ac_status
 cuda_open(int32_t index, void **self, ac_caps *caps)
 {
@@ -89,13 +178,14 @@ cuda_open(int32_t index, void **self, ac_caps *caps)
     AC_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
     AC_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
     AC_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
-    cuda_device *device = ac_cuda_host->alloc(sizeof *device);
+    ac_cuda_device *device = ac_cuda_host->alloc(sizeof *device);
     if (!device) {
         return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for",
                             sizeof *device);
     }
-    *device = (cuda_device){.index = index};
-    *caps = (ac_caps){.isa = major * 10 + minor, .workers = processors};
+    const char *sync = getenv("ACCEL_SYNC");
+    *device = (ac_cuda_device){.index = index, .sync = sync && strcmp(sync, "1") == 0};
+    *caps = (ac_caps){.isa = allowed_arch(major * 10 + minor), .workers = processors};
     *self = device;
     return AC_OK;
 }
@@ -103,17 +193,23 @@ cuda_open(int32_t index, void **self, ac_caps *caps)
 static void
 cuda_close(void *self)
 {
-    ac_cuda_host->free(self);
+    ac_cuda_device *device = self;
+    int previous;
+    if (enter(device, &previous) == AC_OK) {
+        ac_cuda_blas_free(device->blas);
+        leave(device, previous, AC_OK);
+    }
+    ac_cuda_host->free(device);
 }
 
-/* ---- memory ---------------------------------------------------------------------------------- */
+/* ---- memory ------------------------------------------------------------------------------------- */
 
 static ac_status
-allocate(size_t bytes, void **out)
+allocate(ac_cuda_device *device, size_t bytes, void **out)
 {
-    cudaError_t status = cudaMalloc(out, bytes);
+    cudaError_t status = cudaMalloc(out, bytes ? bytes : 1); /* cudaMalloc(0) gives no address */
     if (status != cudaErrorMemoryAllocation) {
-        return ac_cuda_check(status, "cudaMalloc");
+        return check(device, status, "cudaMalloc");
     }
     size_t free_bytes = 0, total = 0;
     cudaGetLastError(); /* ours: the failed cudaMalloc */
@@ -125,9 +221,10 @@ allocate(size_t bytes, void **out)
 static ac_status
 cuda_alloc(void *self, size_t bytes, void **out)
 {
-    int previous, index = ((cuda_device *)self)->index;
-    AC_TRY(enter(index, &previous));
-    return leave(index, previous, allocate(bytes, out));
+    int previous;
+    *out = NULL;
+    AC_TRY(enter(self, &previous));
+    return leave(self, previous, allocate(self, bytes, out));
 }
 
 static void
@@ -138,44 +235,48 @@ cuda_free(void *self, void *memory)
 }
 
 static ac_status
+move(ac_cuda_device *device, ac_lane *lane, void *to, const void *from, size_t bytes,
+     enum cudaMemcpyKind kind, const char *call)
+{
+    int previous;
+    AC_TRY(enter(device, &previous));
+    cudaError_t status = cudaMemcpyAsync(to, from, bytes, kind, lane->stream);
+    return leave(device, previous, check(device, status, call));
+}
+
+static ac_status
 cuda_upload(void *self, ac_lane *lane, void *to, const void *from, size_t bytes)
 {
-    (void)self;
-    AC_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, lane->stream));
-    return AC_OK;
+    return move(self, lane, to, from, bytes, cudaMemcpyHostToDevice, "upload");
 }
 
 static ac_status
 cuda_download(void *self, ac_lane *lane, void *to, const void *from, size_t bytes)
 {
-    (void)self;
-    AC_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, lane->stream));
-    return AC_OK;
+    return move(self, lane, to, from, bytes, cudaMemcpyDeviceToHost, "download");
 }
 
 static ac_status
 cuda_copy(void *self, ac_lane *lane, void *to, const void *from, size_t bytes)
 {
-    (void)self;
-    AC_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, lane->stream));
-    return AC_OK;
+    return move(self, lane, to, from, bytes, cudaMemcpyDeviceToDevice, "copy");
 }
 
-/* ---- lanes ----------------------------------------------------------------------------------- */
+/* ---- lanes -------------------------------------------------------------------------------------- */
 
 static ac_status
 cuda_lane_open(void *self, ac_lane **out)
 {
-    int previous, index = ((cuda_device *)self)->index;
+    int previous;
     ac_lane *lane = ac_cuda_host->alloc(sizeof *lane);
     if (!lane) {
         return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for", sizeof *lane);
     }
-    lane->device = index;
-    ac_status status = enter(index, &previous);
+    *lane = (ac_lane){.device = self};
+    ac_status status = enter(self, &previous);
     if (status == AC_OK) {
         cudaError_t made = cudaStreamCreateWithFlags(&lane->stream, cudaStreamNonBlocking);
-        status = leave(index, previous, ac_cuda_check(made, "cudaStreamCreateWithFlags"));
+        status = leave(self, previous, check(self, made, "cudaStreamCreateWithFlags"));
     }
     if (status < 0) {
         ac_cuda_host->free(lane);
@@ -196,12 +297,97 @@ cuda_lane_close(void *self, ac_lane *lane)
 static ac_status
 cuda_sync(void *self, ac_lane *lane)
 {
-    (void)self;
-    AC_CUDA(cudaStreamSynchronize(lane->stream));
+    int previous;
+    AC_TRY(enter(self, &previous));
+    cudaError_t status = cudaStreamSynchronize(lane->stream);
+    return leave(self, previous, check(self, status, "cudaStreamSynchronize"));
+}
+
+/* ---- recording ----------------------------------------------------------------------------------- */
+
+static ac_status
+cuda_record_begin(void *self, ac_lane *lane)
+{
+    int previous;
+    AC_TRY(enter(self, &previous));
+    cudaError_t status = cudaStreamBeginCapture(lane->stream, cudaStreamCaptureModeThreadLocal);
+    lane->recording = status == cudaSuccess;
+    return leave(self, previous, check(self, status, "cudaStreamBeginCapture"));
+}
+
+static ac_status
+instantiate(ac_cuda_device *device, ac_lane *lane, ac_recording *recording)
+{
+    cudaGraph_t graph = NULL;
+    ac_status status = check(device, cudaStreamEndCapture(lane->stream, &graph),
+                             "cudaStreamEndCapture");
+    if (status == AC_OK) {
+        status = check(device, cudaGraphInstantiate(&recording->graph, graph, 0),
+                       "cudaGraphInstantiate");
+    }
+    if (graph) {
+        cudaGraphDestroy(graph);
+    }
+    if (status == AC_OK) {
+        status = check(device, cudaGraphUpload(recording->graph, lane->stream), "cudaGraphUpload");
+    }
+    return status;
+}
+
+/* After a failed step too: the stream leaves capture mode, and *out stays NULL. */
+static ac_status
+cuda_record_end(void *self, ac_lane *lane, ac_recording **out)
+{
+    int previous;
+    ac_recording *recording = ac_cuda_host->alloc(sizeof *recording);
+    *out = NULL;
+    if (recording) {
+        *recording = (ac_recording){0};
+    }
+    ac_status status = enter(self, &previous);
+    if (status == AC_OK) {
+        ac_recording unused = {0};
+        status = leave(self, previous, instantiate(self, lane, recording ? recording : &unused));
+        if (unused.graph) {
+            cudaGraphExecDestroy(unused.graph);
+        }
+    }
+    lane->recording = false;
+    if (!recording) {
+        return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for",
+                            sizeof *recording);
+    }
+    if (status < 0) {
+        if (recording->graph) {
+            cudaGraphExecDestroy(recording->graph);
+        }
+        ac_cuda_host->free(recording);
+        return status;
+    }
+    *out = recording;
     return AC_OK;
 }
 
-/* ---- the exported symbol --------------------------------------------------------------------- */
+static ac_status
+cuda_replay(void *self, ac_lane *lane, ac_recording *recording)
+{
+    int previous;
+    AC_TRY(enter(self, &previous));
+    cudaError_t status = cudaGraphLaunch(recording->graph, lane->stream);
+    return leave(self, previous, ac_cuda_launched(lane, status, "cudaGraphLaunch"));
+}
+
+static void
+cuda_record_free(void *self, ac_recording *recording)
+{
+    (void)self;
+    if (recording) {
+        cudaGraphExecDestroy(recording->graph);
+        ac_cuda_host->free(recording);
+    }
+}
+
+/* ---- the exported symbol ------------------------------------------------------------------------- */
 
 __attribute__((visibility("default"))) ac_status
 ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out);
@@ -228,6 +414,10 @@ ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out)
         .download = cuda_download,
         .copy = cuda_copy,
         .sync = cuda_sync,
+        .record_begin = cuda_record_begin,
+        .record_end = cuda_record_end,
+        .replay = cuda_replay,
+        .record_free = cuda_record_free,
     };
     return AC_OK;
 }

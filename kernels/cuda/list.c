@@ -1,9 +1,18 @@
-/* list: the CUDA kernels by preference; the plan takes the first that supports a problem. */
+/* list: see list.h.  The plan takes the first kernel that supports a problem; a new kernel is one
+ * line there. */
 #include "list.h"
 
 const ac_kernel *const ac_cuda_kernels[] = {
-    &ac_cuda_activation,
-    &ac_cuda_add,
-    &ac_cuda_scale,
+#define X(name) &name,
+    AC_CUDA_KERNELS(X)
+#undef X
     NULL,
 };
+
+#ifndef AC_HAVE_CUBLASLT
+void
+ac_cuda_blas_free(ac_cuda_blas *blas)
+{
+    (void)blas;
+}
+#endif

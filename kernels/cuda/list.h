@@ -1,4 +1,4 @@
-/* list: the kernels of the CUDA backend by name; list.c has their order. */
+/* list: the kernels of the CUDA backend by name, in the order of list.c. */
 #ifndef AC_CUDA_LIST_H
 #define AC_CUDA_LIST_H
 
@@ -8,9 +8,46 @@
 extern "C" {
 #endif
 
-extern const ac_kernel ac_cuda_activation;
-extern const ac_kernel ac_cuda_add;
-extern const ac_kernel ac_cuda_scale;
+/* One row a kernel, by op, then by preference: libraries, tensor cores, plain. */
+#define AC_CUDA_KERNELS(X)                                                                         \
+    AC_CUDA_LIBRARY_KERNELS(X)                                                                     \
+    X(ac_cuda_linear_mma)                                                                          \
+    X(ac_cuda_linear_plain)                                                                        \
+    X(ac_cuda_conv2d_mma)                                                                          \
+    X(ac_cuda_conv2d_plain)                                                                        \
+    X(ac_cuda_up_conv2d_mma)                                                                       \
+    X(ac_cuda_up_conv2d_plain)                                                                     \
+    X(ac_cuda_group_norm)                                                                          \
+    X(ac_cuda_layer_norm)                                                                          \
+    X(ac_cuda_attention_flash)                                                                     \
+    X(ac_cuda_attention_wide)                                                                      \
+    X(ac_cuda_attention_plain)                                                                     \
+    X(ac_cuda_activation)                                                                          \
+    X(ac_cuda_gate)                                                                                \
+    X(ac_cuda_add)                                                                                 \
+    X(ac_cuda_scale)                                                                               \
+    X(ac_cuda_concat)                                                                              \
+    X(ac_cuda_upsample)                                                                            \
+    X(ac_cuda_timestep)                                                                            \
+    X(ac_cuda_embed)                                                                               \
+    X(ac_cuda_select)                                                                              \
+    X(ac_cuda_eos_pool)                                                                            \
+    X(ac_cuda_to_nhwc)                                                                             \
+    X(ac_cuda_to_nchw)                                                                             \
+    X(ac_cuda_cast)                                                                                \
+    X(ac_cuda_fill)                                                                                \
+    X(ac_cuda_phase_weight)
+
+/* Built only where the library's headers are. */
+#ifdef AC_HAVE_CUBLASLT
+#define AC_CUDA_LIBRARY_KERNELS(X) X(ac_cuda_linear_cublaslt)
+#else
+#define AC_CUDA_LIBRARY_KERNELS(X)
+#endif
+
+#define X(name) extern const ac_kernel name;
+AC_CUDA_KERNELS(X)
+#undef X
 
 #ifdef __cplusplus
 }

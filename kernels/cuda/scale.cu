@@ -1,35 +1,31 @@
-/* scale: y = x * scale + offset, contiguous, x and y of one float dtype; arithmetic in f32. */
-#include "elementwise.cuh"
+/* scale: y = x * scale + offset.  Bound: memory. */
+#include "element.cuh"
 #include "list.h"
 
-template <typename T>
-__global__ static void
-scale_kernel(T *y, const T *x, int64_t count, float scale, float offset)
-{
-    int64_t stride = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {
-        y[i] = (T)((float)x[i] * scale + offset);
+struct apply {
+    ac_cells y, x;
+    float scale, offset;
+    __device__ void
+    operator()(const int64_t (&at)[2]) const
+    {
+        ac_store(y, at[0], ac_load(x, at[1]) * scale + offset);
     }
-}
+};
 
 static bool
 supports(const ac_problem *p, const ac_caps *)
 {
-    return ac_cuda_float(p->output.dtype) && p->input[0].dtype == p->output.dtype &&
-           ac_tensor_is_contiguous(&p->input[0]) && ac_tensor_is_contiguous(&p->output);
+    return ac_cuda_float(p->output.dtype) && ac_cuda_float(p->input[0].dtype);
 }
 
 static ac_status
 launch(ac_lane *lane, const ac_problem *p, void *, const void *)
 {
-    int64_t count = ac_tensor_count(&p->output);
-    return ac_cuda_by_dtype(p->output.dtype, [&](auto *type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        scale_kernel<T><<<ac_cuda_blocks(count), AC_THREADS, 0, lane->stream>>>(
-            (T *)p->output.data, (const T *)p->input[0].data, count, p->attr.scale.scale,
-            p->attr.scale.offset);
-        return AC_CUDA_LAUNCHED("scale_kernel");
-    });
+    const ac_tensor *x = &p->input[0], *y = &p->output;
+    const int64_t *const strides[] = {y->stride, x->stride};
+    return ac_cuda_each<2>(lane, "scale", ac_walk_of(&y->shape, 2, strides),
+                           apply{ac_cells_of(y), ac_cells_of(x), p->attr.scale.scale,
+                                 p->attr.scale.offset});
 }
 
 extern "C" const ac_kernel ac_cuda_scale = {

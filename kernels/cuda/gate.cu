@@ -1,0 +1,39 @@
+/* gate: y = x[..., :c] * act(x[..., c:]), c half the columns.  Bound: memory. */
+#include "element.cuh"
+#include "list.h"
+
+struct apply {
+    ac_cells y, x;
+    int64_t gate; /* elements from a value to its gate */
+    ac_act act;
+    __device__ void
+    operator()(const int64_t (&at)[2]) const
+    {
+        float value = ac_load(x, at[1]), gated = ac_load(x, at[1] + gate);
+        ac_store(y, at[0], value * ac_act_apply(act, gated));
+    }
+};
+
+static bool
+supports(const ac_problem *p, const ac_caps *)
+{
+    return ac_cuda_float(p->output.dtype) && ac_cuda_float(p->input[0].dtype);
+}
+
+static ac_status
+launch(ac_lane *lane, const ac_problem *p, void *, const void *)
+{
+    const ac_tensor *x = &p->input[0], *y = &p->output;
+    const int64_t *const strides[] = {y->stride, x->stride};
+    int32_t last = y->shape.rank - 1;
+    return ac_cuda_each<2>(lane, "gate", ac_walk_of(&y->shape, 2, strides),
+                           apply{ac_cells_of(y), ac_cells_of(x),
+                                 y->shape.dim[last] * x->stride[last], p->attr.activation.act});
+}
+
+extern "C" const ac_kernel ac_cuda_gate = {
+    .name = "cuda.gate",
+    .op = AC_OP_GATE,
+    .supports = supports,
+    .launch = launch,
+};
