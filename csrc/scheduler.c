@@ -98,6 +98,11 @@ row_sum(const ac_sched_row *row)
 static ac_status
 check_finite(const ac_sched_build *build)
 {
+    if (!isfinite(build->out->init_noise_sigma)) { /* its square may overflow where it does not */
+        return ac_sched_error(build, "the first sigma is too large: found %g for "
+                                     "init_noise_sigma (see sigma_min, sigma_max)",
+                              build->out->init_noise_sigma);
+    }
     for (int32_t i = 0; i < build->out->n_rows; i++) {
         if (!isfinite(row_sum(&build->out->rows[i]))) {
             return ac_sched_error(build,
