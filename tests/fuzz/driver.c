@@ -290,6 +290,7 @@ static void
 fuzz_for(double seconds)
 {
     double end = now_s() + seconds;
+    remove(fuzz.crash_path); /* of an earlier run */
     for (size_t i = 0; fuzz_seeds[i]; i++) {
         fuzz.now.size = AC_MIN(strlen(fuzz_seeds[i]), MAX_INPUT);
         memcpy(fuzz.now.bytes, fuzz_seeds[i], fuzz.now.size);
