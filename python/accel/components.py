@@ -60,9 +60,23 @@ def empty(shape, dtype):
 
 
 def cast(x, dtype):
-    """`x` in `dtype`, contiguous; `x` itself where it has that dtype already."""
-    if array_dtype(x) == dtype:
+    """`x` in `dtype`; `x` itself, with any strides, where it has that dtype already."""
+    return x if array_dtype(x) == dtype else _copy(x, dtype)
+
+
+def dense(x, dtype):
+    """`x` in `dtype` and contiguous."""
+    if array_dtype(x) != dtype:
+        return _copy(x, dtype)
+    if isinstance(x, np.ndarray):
+        return np.ascontiguousarray(x)
+    contiguous = getattr(x, "is_contiguous", None)
+    if isinstance(x, _core.Tensor) or contiguous is not None and contiguous():
         return x
+    return _copy(x, dtype)
+
+
+def _copy(x, dtype):
     out = _core.Tensor(tuple(x.shape), dtype)
     out.fill(x)
     return out
@@ -248,12 +262,12 @@ class UNet(Component):
         args = {"entry": "forward", "batch": batch, "height": height, "width": width,
                 "tokens": tokens, "timesteps": len(times), "io_dtype": dtype}
         inputs = {"sample": cast(sample, dtype), "timestep": times,
-                  "encoder_hidden_states": cast(encoder_hidden_states, dtype)}
+                  "encoder_hidden_states": dense(encoder_hidden_states, dtype)}
         if text_embeds is not None:
-            inputs["text_embeds"] = cast(text_embeds, dtype)
+            inputs["text_embeds"] = dense(text_embeds, dtype)
         if time_ids is not None:
             args["time_ids"] = tensor_shape(time_ids, "time_ids", 2)[1]
-            inputs["time_ids"] = cast(time_ids, dtype)
+            inputs["time_ids"] = dense(time_ids, dtype)
         if encoder_attention_mask is not None:
             args["masked"] = True
             seen = to_numpy(encoder_attention_mask).astype(np.float32)
@@ -273,9 +287,18 @@ class UNet(Component):
 
     @staticmethod
     def sizes(config, given):
-        size = config.get("sample_size") or 64
-        height, width = (size, size) if isinstance(size, int) else size[:2]
+        height, width = sample_size(config)
         return {"batch": 2, "height": height, "width": width, "tokens": 77, "timesteps": 1} | given
+
+
+def sample_size(config, default=64):
+    """Height and width that a config names: one number, two, or none."""
+    size = config.get("sample_size")
+    size = default if size is None else size
+    pair = size if isinstance(size, list | tuple) else [size, size]
+    if len(pair) != 2 or not all(type(n) is int and 0 < n < 2**20 for n in pair):
+        raise InvalidArgument(f"sample_size: found {size!r:.100}, expected a number or two")
+    return tuple(pair)
 
 
 @dataclass
@@ -329,8 +352,7 @@ class VAE(Component):
 
     @staticmethod
     def sizes(config, given):
-        size = config.get("sample_size") or 512
-        size = size if isinstance(size, int) else size[0]
+        size = sample_size(config, 512)[0]
         if given.get("entry", "decode") == "decode":
             size = -(-size // vae_scale_factor(config))
         return {"entry": "decode", "batch": 1, "height": size, "width": size} | given

@@ -11,9 +11,20 @@ from pathlib import Path
 import numpy as np
 
 from . import _core, images, schedules
-from ._core import InvalidArgument, ShapeError, UnsupportedError
+from ._core import DTypeError, InvalidArgument, ShapeError, UnsupportedError
 from .arguments import integer, number, texts
-from .components import VAE, TextEncoder, UNet, read_json, to_numpy
+from .components import (
+    FLOATS,
+    VAE,
+    TextEncoder,
+    UNet,
+    array_dtype,
+    dtype_name,
+    read_json,
+    sample_size,
+    tensor_shape,
+    to_numpy,
+)
 from .tokenizer import Tokenizer
 
 _SD = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
@@ -105,10 +116,7 @@ class Pipeline:
                 encoders.append(TextEncoder.from_pretrained(folder / f"text_encoder{suffix}",
                                                             **options))
                 tokenizers.append(Tokenizer(folder / f"tokenizer{suffix}"))
-        if dtype is not None:
-            from .components import dtype_name
-
-            dtype_name(dtype)
+        dtype_name(dtype)
         return cls(unet=UNet.from_pretrained(folder / "unet", **options),
                    vae=VAE.from_pretrained(folder / "vae", **options),
                    text_encoders=encoders, tokenizers=tokenizers, config=index,
@@ -215,8 +223,7 @@ class Pipeline:
     def _size(self, size, what, axis):
         factor = self.vae.scale_factor
         if size is None:
-            size = self.unet.config.get("sample_size") or 64
-            size = size[axis] if isinstance(size, list) else size
+            size = sample_size(self.unet.config)[axis]
             if not self.is_xl and size < 64 and _is_before_0_9(self.unet.config):
                 size = 64  # the first published configs say 32 and mean 64
             return size * factor
@@ -296,9 +303,11 @@ class Pipeline:
         factor = self.vae.scale_factor
         shape = (count, self.unet.config.get("in_channels", 4), height // factor, width // factor)
         if given is not None:
-            x = np.array(to_numpy(given), np.float32)
-            if x.shape != shape:
-                raise ShapeError(f"latents: found {list(x.shape)}, expected {list(shape)}")
+            if tensor_shape(given, "latents", 4) != shape:
+                raise ShapeError(f"latents: found {list(given.shape)}, expected {list(shape)}")
+            if array_dtype(given) not in (*FLOATS, "float64"):
+                raise DTypeError(f"latents: found {array_dtype(given)}, expected float32")
+            x = to_numpy(given).astype(np.float32)
         elif len(generators) == 1:
             x = _normals(generators[0], shape)
         else:
