@@ -64,6 +64,10 @@ next_normal(uint64_t *state)
     return sum * 1.7320508;
 }
 
+/* Elements between the rows of a strided operand.  16-bit kernels load 16 bytes at a time, so there
+ * it is 8: with an odd gap only the plain kernels would ever see a view. */
+static int64_t view_gap = 5;
+
 /* A view with gaps: the last dimension is longer in memory, rows of the image too. */
 static inline int64_t
 view_strides(ac_tensor *t, bool strided)
@@ -71,7 +75,7 @@ view_strides(ac_tensor *t, bool strided)
     int64_t step = 1;
     for (int i = t->shape.rank - 1; i >= 0; i--) {
         t->stride[i] = step;
-        step *= t->shape.dim[i] + (strided && i == t->shape.rank - 1 ? 5 : 0);
+        step *= t->shape.dim[i] + (strided && i == t->shape.rank - 1 ? view_gap : 0);
     }
     return AC_MAX(step, 1);
 }
@@ -95,12 +99,12 @@ fill_operand(const check_case *c, int32_t slot, family family, ac_tensor *t, int
         size *= family == TINY ? 1e-18 : family == HUGE_VALUES ? 1e15 : 1.0;
         mean = family == LARGE_MEAN ? 1000.0 : 0.0;
     }
-    for (int64_t i = 0; ac_dtype_is_float(t->dtype) && i < span; i++) {
+    for (int64_t i = 0; ac_dtype_is_float(t->dtype) && span != count && i < span; i++) {
         ac_element_set(t->data, t->dtype, i, NAN);
     }
     for (int64_t i = 0; i < count; i++) {
-        int64_t at = 0, rest = i;
-        for (int d = t->shape.rank - 1; d >= 0; d--) {
+        int64_t at = span == count ? i : 0, rest = i;
+        for (int d = t->shape.rank - 1; span != count && d >= 0; d--) {
             at += rest % t->shape.dim[d] * t->stride[d];
             rest /= t->shape.dim[d];
         }

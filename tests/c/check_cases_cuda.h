@@ -1,0 +1,107 @@
+/* check_cases_cuda: what the CUDA kernels are checked on beside check_cases.h: sizes and views that
+ * their 16-byte loads take, and SDXL's and the VAE's shapes. */
+#ifndef CHECK_CASES_CUDA_H
+#define CHECK_CASES_CUDA_H
+
+#include "check_cases.h"
+
+/* Channels in eights, so that the tensor-core kernels take them, each attribute at least once. */
+static void
+aligned_cases(case_list *list)
+{
+    /* batch, height, width, c_in, c of x2, c_out, kernel, stride, padding before, after */
+    static const int32_t conv[][10] = {
+        {1, 9, 8, 16, 24, 24, 3, 1, 1, 1},  {2, 7, 5, 8, 0, 10, 3, 2, 0, 1},
+        {1, 5, 6, 40, 8, 16, 1, 1, 0, 0},   {1, 20, 20, 32, 32, 130, 3, 1, 1, 1},
+        {3, 16, 16, 48, 0, 72, 3, 2, 1, 1}, {1, 6, 6, 64, 64, 7, 5, 1, 2, 2},
+        {2, 32, 32, 72, 0, 264, 3, 1, 1, 1}};
+    for (size_t i = 0; i < AC_ARRAY_LEN(conv); i++) {
+        const int32_t *s = conv[i];
+        for (int variant = 0; variant < 4; variant++) {
+            check_case *c = CASE(list, AC_OP_CONV2D, AC_SHAPE(s[0], s[1], s[2], s[3]),
+                                 AC_SHAPE(s[5], s[3] + s[4], s[6], s[6]), AC_SHAPE(s[5]), absent,
+                                 s[4] ? AC_SHAPE(s[0], s[1], s[2], s[4]) : absent);
+            c->attr.conv2d =
+                (ac_conv2d_attr){s[7], s[8], s[8], s[9], s[9], (ac_act)(variant % AC_ACT_COUNT)};
+            c->strided = variant >= 2;
+            if (variant & 1) {
+                AC_TRY_CASE(ac_op_shape(c->op, &c->attr, c->shape, c->n_inputs,
+                                        &c->shape[AC_CONV_RESIDUAL]));
+            }
+        }
+    }
+    for (int variant = 0; variant < 6; variant++) { /* 128 x 128 tiles, with edges */
+        int64_t m = 1300, n = 1288, k = 72;
+        bool gated = variant == 2, two = variant == 3;
+        check_case *c = CASE(list, AC_OP_LINEAR, AC_SHAPE(2, m / 2, two ? 40 : k),
+                             AC_SHAPE(gated ? 2 * n : n, k), AC_SHAPE(gated ? 2 * n : n),
+                             AC_SHAPE(2, m / 2, n), AC_SHAPE(2, m / 2, k - 40));
+        c->shape[AC_LINEAR_RESIDUAL] = variant & 1 ? c->shape[AC_LINEAR_RESIDUAL] : absent;
+        c->shape[AC_LINEAR_X2] = two ? c->shape[AC_LINEAR_X2] : absent;
+        c->shape[AC_LINEAR_B] = variant == 4 ? absent : c->shape[AC_LINEAR_B];
+        c->attr.linear = (ac_linear_attr){gated ? AC_ACT_GELU : AC_ACT_NONE, gated};
+        c->strided = variant >= 4;
+    }
+    /* images, queries, keys, heads, head size: several tiles of keys, the causal diagonal in each */
+    static const int32_t attention[][5] = {{2, 200, 200, 2, 40}, {1, 130, 130, 3, 64},
+                                           {1, 70, 70, 2, 160},  {1, 150, 150, 2, 512},
+                                           {2, 33, 333, 2, 80},  {1, 300, 20, 1, 200}};
+    for (size_t i = 0; i < AC_ARRAY_LEN(attention); i++) {
+        const int32_t *s = attention[i];
+        for (int variant = 0; variant < 4; variant++) {
+            int64_t c = s[3] * s[4];
+            check_case *k = CASE(list, AC_OP_ATTENTION, AC_SHAPE(s[0], s[1], c),
+                                 AC_SHAPE(s[0], s[2], c), AC_SHAPE(s[0], s[2], c),
+                                 AC_SHAPE(s[0], s[2]));
+            k->shape[AC_ATTN_MASK] = variant == 1 ? k->shape[AC_ATTN_MASK] : absent;
+            k->attr.attention = (ac_attention_attr){.heads = s[3],
+                                                    .scale = (float)(1.0 / sqrt(s[4])),
+                                                    .causal = variant == 2 && s[1] == s[2]};
+            k->strided = variant == 3;
+        }
+    }
+}
+
+static void
+real_cuda_cases(case_list *list)
+{
+    static const int64_t linear[][3] = {{2048, 3840, 1280}, {2048, 10240, 1280},
+                                        {2048, 1280, 5120}, {8192, 640, 640},
+                                        {8192, 1920, 640},  {8192, 5120, 640},
+                                        {8192, 640, 2560}};
+    for (size_t i = 0; i < AC_ARRAY_LEN(linear); i++) {
+        const int64_t *s = linear[i];
+        check_case *c = CASE(list, AC_OP_LINEAR, AC_SHAPE(s[0], s[2]), AC_SHAPE(s[1], s[2]),
+                             AC_SHAPE(s[1]), i & 1 ? absent : AC_SHAPE(s[0], s[1]));
+        c->real = true;
+    }
+    static const int32_t conv[][4] = {{2, 128, 320, 320}, {2, 64, 640, 640}, {2, 32, 1280, 1280},
+                                      {2, 32, 2560, 1280}, {1, 512, 256, 256}, {1, 512, 128, 128}};
+    for (size_t i = 0; i < AC_ARRAY_LEN(conv); i++) {
+        const int32_t *s = conv[i];
+        check_case *c = CASE(list, AC_OP_CONV2D, AC_SHAPE(s[0], s[1], s[1], s[2]),
+                             AC_SHAPE(s[3], s[2], 3, 3), AC_SHAPE(s[3]),
+                             AC_SHAPE(s[0], s[1], s[1], s[3]));
+        c->attr.conv2d = (ac_conv2d_attr){1, 1, 1, 1, 1, AC_ACT_NONE};
+        c->real = true;
+    }
+    static const int32_t attention[][5] = {{2, 4096, 4096, 10, 64}, {2, 4096, 77, 10, 64},
+                                           {2, 1024, 77, 20, 64}};
+    for (size_t i = 0; i < AC_ARRAY_LEN(attention); i++) {
+        const int32_t *s = attention[i];
+        int64_t c = s[3] * s[4];
+        check_case *k = CASE(list, AC_OP_ATTENTION, AC_SHAPE(s[0], s[1], c),
+                             AC_SHAPE(s[0], s[2], c), AC_SHAPE(s[0], s[2], c));
+        k->attr.attention = (ac_attention_attr){.heads = s[3], .scale = 0.125f};
+        k->real = true;
+    }
+}
+
+static void
+cuda_cases(case_list *list)
+{
+    aligned_cases(list);
+    real_cuda_cases(list);
+}
+
+#endif
