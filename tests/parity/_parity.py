@@ -67,9 +67,11 @@ def reference_and_truth(module, call):
 
 def to_numpy(value) -> np.ndarray:
     """An array of any tensor-like object, in float64."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().numpy()
-    return np.asarray(value).astype(np.float64)
+    if isinstance(value, np.ndarray):
+        return value.astype(np.float64)
+    if not isinstance(value, torch.Tensor):
+        value = torch.from_dlpack(value)
+    return value.detach().double().numpy()
 
 
 def largest_error(found, truth) -> float:
@@ -92,6 +94,26 @@ def assert_parity(found: dict, reference: dict, truth: dict, factor: float = FAC
         widest = max(widest, bound)
     assert 0.0 < widest < 1e-3, f"a bound of {widest:.2e} proves nothing: choose another case"
     return widest
+
+
+def dtype_of(value) -> torch.dtype:
+    """The dtype of any tensor-like object, as PyTorch's."""
+    return getattr(torch, str(value.dtype).removeprefix("torch."))
+
+
+def assert_half_parity(cases: list) -> None:
+    """Mean of our largest errors at most 1.1 times PyTorch's own in the same half precision.
+
+    cases : (found, reference, truth), each a dict of tensors
+    """
+    ours, theirs = [], []
+    for found, reference, truth in cases:
+        for name, exact in truth.items():
+            assert dtype_of(found[name]) == reference[name].dtype, name
+            ours.append(largest_error(found[name], exact))
+            theirs.append(largest_error(reference[name], exact))
+    assert 0.0 < np.mean(theirs) < 0.5, f"{np.mean(theirs)} proves nothing: choose other cases"
+    assert np.mean(ours) <= 1.1 * np.mean(theirs), f"found {ours}, PyTorch's own {theirs}"
 
 
 def assert_sensitive(changed, original, bound: float, what: str) -> None:

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from _native import NativeText
-from _parity import assert_parity, assert_sensitive, reference_and_truth
+from _parity import assert_half_parity, assert_parity, assert_sensitive, reference_and_truth
 from _random_weights import fill_random, weights_of
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -60,9 +60,9 @@ def call_with(ids, mask, hidden_states):
     return call
 
 
-def native_of(module, weights=None) -> NativeText:
-    config = dict(module.config.to_dict(), architectures=[type(module).__name__])
-    return NativeText(config, weights or weights_of(module))
+def native_of(module, weights=None, **options) -> NativeText:
+    config = dict(module.config.to_dict(), architectures=[type(module).__name__], dtype=None)
+    return NativeText(config, weights or weights_of(module), **options)
 
 
 @pytest.mark.parametrize("cls", [CLIPTextModel, CLIPTextModelWithProjection])
@@ -149,6 +149,22 @@ def test_weight_names_of_old_and_new_files(cls):
         native = native_of(module, weights)
         assert_parity(native(ids), reference, truth)
         native.assert_ran()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype):
+    """Weights in half precision, and results where dtype= asks for it."""
+    cases = []
+    for seed in range(4):
+        rng = random.Random(seed)
+        config = random_config(rng)
+        module = fill_random(CLIPTextModelWithProjection(CLIPTextConfig(**config)), seed).to(dtype)
+        native = native_of(module, dtype=dtype)
+        ids = random_ids(rng, 2, 9)
+        reference, truth = reference_and_truth(module, call_with(ids, None, False))
+        cases.append((native(ids), reference, truth))
+        native.assert_ran()
+    assert_half_parity(cases)
 
 
 def test_too_many_tokens_raise():

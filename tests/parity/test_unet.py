@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from _native import NativeUNet
-from _parity import assert_parity, assert_sensitive, reference_and_truth
+from _parity import assert_half_parity, assert_parity, assert_sensitive, reference_and_truth
 from _random_weights import fill_random, weights_of
 from diffusers import UNet2DConditionModel
 
@@ -25,6 +25,12 @@ class Call:
     text: torch.Tensor  # [b, tokens, d]
     added: dict | None  # text_embeds [b, d], time_ids [b, n]
     mask: torch.Tensor | None  # [b, tokens], 1 keeps
+
+    def to(self, dtype):
+        added = self.added and {name: x.to(dtype) for name, x in self.added.items()}
+        return dataclasses.replace(
+            self, sample=self.sample.to(dtype), text=self.text.to(dtype), added=added
+        )
 
     def on_module(self, module, cast):
         out = module(
@@ -208,6 +214,22 @@ def test_loop_mode_equals_single_calls(added, batch):
             assert_sensitive(found["sample"], before, bound, "step")
         before = found["sample"]
     native.assert_ran()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype):
+    """Weights and inputs in half precision, the arithmetic in float32, results as the sample."""
+    cases = []
+    for seed in range(4):
+        rng = random.Random(seed)
+        config = random_config(rng)
+        module = module_of(config, seed).to(dtype)
+        native = native_of(module)
+        call = random_call(config, rng, 16, 17).to(dtype)
+        reference, truth = reference_and_truth(module, call.on_module)
+        cases.append((call.on_native(native), reference, truth))
+        native.assert_ran()
+    assert_half_parity(cases)
 
 
 def full_size(name: str) -> dict:

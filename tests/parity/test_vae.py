@@ -9,6 +9,7 @@ import pytest
 import torch
 from _native import NativeVAE
 from _parity import (
+    assert_half_parity,
     assert_parity,
     assert_sensitive,
     doubled,
@@ -108,6 +109,22 @@ def test_old_attention_names(as_convolutions):
     reference, truth = reference_and_truth(module, decode(latents))
     assert_parity({"sample": native.decode(latents)}, reference, truth)
     native.assert_ran()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype):
+    """Weights and latents in half precision; the image comes back in theirs."""
+    cases = []
+    for seed in range(4):
+        rng = random.Random(seed)
+        config = random_config(rng)
+        module = fill_random(AutoencoderKL(**config), seed).to(dtype)
+        native = native_of(module)
+        latents = images(rng, config["latent_channels"], 4).to(dtype)
+        reference, truth = reference_and_truth(module, decode(latents))
+        cases.append(({"sample": native.decode(latents)}, reference, truth))
+        native.assert_ran()
+    assert_half_parity(cases)
 
 
 @pytest.mark.slow
