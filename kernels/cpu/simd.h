@@ -87,6 +87,17 @@ v_fnma(vec a, vec b, vec c)
 #endif
 }
 
+/* a b - c, in one rounding where the instruction set can: so it is <= 0 when c is a b rounded. */
+INLINE vec
+v_fms(vec a, vec b, vec c)
+{
+#if AC_SIMD == ISA_BASE
+    return a * b - c;
+#else
+    return V(fmsub_ps)(a, b, c);
+#endif
+}
+
 /* When x is NaN the result is NaN, so limits go first. */
 INLINE vec
 v_min(vec limit, vec x)
@@ -158,31 +169,26 @@ v_store_n(float *p, vec x, int64_t n)
 }
 #endif
 
-/* Sums in a fixed order. */
-INLINE float
-v_sum(vec x)
-{
-    float part[VW];
-    v_store(part, x);
-    for (int width = VW / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; i++) {
-            part[i] += part[i + width];
-        }
+/* Over all lanes by halving: always the same order. */
+#if AC_SIMD == ISA_AVX512
+#define HALF_8(op) _mm256_##op(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1))
+#define HALF_4(op) _mm_##op(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1))
+#elif AC_SIMD == ISA_AVX2
+#define HALF_8(op) x
+#define HALF_4(op) _mm_##op(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1))
+#else
+#define HALF_8(op) x
+#define HALF_4(op) half
+#endif
+#define REDUCE(name, op)                                                                           \
+    INLINE float name(vec x)                                                                       \
+    {                                                                                              \
+        __typeof__(HALF_8(op)) half = HALF_8(op);                                                  \
+        __m128 four = HALF_4(op), two = _mm_##op(four, _mm_movehl_ps(four, four));                 \
+        return _mm_cvtss_f32(_mm_##op(two, _mm_shuffle_ps(two, two, 1)));                          \
     }
-    return part[0];
-}
-
-INLINE float
-v_largest(vec x)
-{
-    float part[VW], most;
-    v_store(part, x);
-    most = part[0];
-    for (int i = 1; i < VW; i++) {
-        most = part[i] > most ? part[i] : most;
-    }
-    return most;
-}
+REDUCE(v_sum, add_ps)
+REDUCE(v_largest, max_ps)
 
 INLINE vec
 v_abs(vec x)
@@ -231,6 +237,31 @@ v_exp(vec x)
     p = v_fma(p, r, v_set1(0.49999994f));
     p = v_fma(p, r * r, r) + v_set1(1.0f);
     return p * VI_CAST(VI(slli_epi32)(VI(add_epi32)(n, VI(set1_epi32)(127)), 23));
+}
+
+/* 2^x for x <= 0, as softmax needs it: below -126 it stays at 2^-126, which no sum notices, rather
+ * than make slow denormal numbers. */
+INLINE vec
+v_exp2_negative(vec x)
+{
+    x = v_max(v_set1(-126.0f), x);
+#if AC_SIMD == ISA_AVX512
+    vec whole = _mm512_roundscale_ps(x, 8);
+#else
+    veci n = VI(cvtps_epi32)(x);
+    vec whole = VI(cvtepi32_ps)(n);
+#endif
+    vec r = x - whole;
+    vec p = v_fma(r, v_set1(0.00132647122f), v_set1(0.00967152324f)); /* (2^r - 1) / r */
+    p = v_fma(p, r, v_set1(0.0555073395f));
+    p = v_fma(p, r, v_set1(0.240222424f));
+    p = v_fma(p, r, v_set1(0.693147004f));
+    p = v_fma(p, r, v_set1(1.0f));
+#if AC_SIMD == ISA_AVX512
+    return _mm512_scalef_ps(p, whole);
+#else
+    return p * VI_CAST(VI(slli_epi32)(VI(add_epi32)(n, VI(set1_epi32)(127)), 23));
+#endif
 }
 
 /* x Phi(x).  With t = |x| and u = 1 / (1 + 0.3 t) the tail Phi(-t) is e^(-t^2/2) times a
