@@ -69,13 +69,14 @@ cuda: ## the CUDA library, where nvcc is found
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) --no-print-directory $(CUDA_SO); \
 	else echo "cuda: skipped, no nvcc was found"; fi
 
-GPU_TESTS := $(B)/tests/test_seam $(B)/tests/test_cuda $(B)/tests/test_kernels
+GPU_TESTS := $(B)/tests/test_seam $(B)/tests/test_cuda $(B)/tests/test_kernels $(B)/tests/test_cuda_models
 
 test-gpu: ## the checks that need a GPU; installs nothing
 	$(MAKE) --no-print-directory cuda $(GPU_TESTS)
 	$(B)/tests/test_seam | tee $(B)/test_seam.log
 	@grep -q "ran on cuda" $(B)/test_seam.log || { echo "test-gpu: nothing ran on a GPU"; exit 1; }
 	$(B)/tests/test_cuda
+	$(B)/tests/test_cuda_models
 	for dtype in f32 f16 bf16; do $(B)/tests/test_kernels --backend cuda --dtype $$dtype || exit 1; done
 	ACCEL_FORCE_ARCH=75 $(B)/tests/test_kernels --backend cuda --dtype f16
 

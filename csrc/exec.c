@@ -227,6 +227,7 @@ upload_weight(ac_exec *e, ac_device_lane *lane, ac_val v)
     if (!copy->valid) {
         AC_TRY(device->backend->upload(device->self, lane->lane, copy->data, e->bound[v].data,
                                        copy->bytes));
+        AC_TRY(device->backend->sync(device->self, lane->lane)); /* other lanes read it too */
         copy->checksum = ac_weights_checksum(e->weights, &name, 1);
         copy->valid = true;
     }
@@ -404,7 +405,8 @@ derive_locked(ac_exec *e, ac_device_lane *lane)
         d->valid = true;
     }
     e->ran = false;
-    return AC_OK;
+    /* Other lanes take what is valid without waiting for this one. */
+    return plan->device->backend->sync(plan->device->self, lane->lane);
 }
 
 static ac_status

@@ -19,13 +19,16 @@ part() { # name, seconds, command...
     echo "== $name: $(($(date +%s) - start)) s: $(tail -n 1 "$out/$name.log")"
 }
 
-part build 240 make -j"$(nproc)" cuda $kernels build/c/tests/test_seam build/c/tests/test_cuda
+part build 240 make -j"$(nproc)" cuda $kernels build/c/tests/test_seam build/c/tests/test_cuda \
+    build/c/tests/test_cuda_models
 part seam 30 build/c/tests/test_seam
 part cuda 30 build/c/tests/test_cuda
+part models 90 build/c/tests/test_cuda_models
 for dtype in f16 f32 bf16; do
     part kernels_$dtype 120 $kernels --backend cuda --dtype $dtype --keep-going
 done
 part bench_f16 120 $kernels --backend cuda --dtype f16 --bench --keep-going
+part time_sd15 60 build/c/tests/test_cuda_models --time
 part arch75_f16 120 env ACCEL_FORCE_ARCH=75 $kernels --backend cuda --dtype f16 --keep-going
 part sync_f16 60 env ACCEL_SYNC=1 $kernels --backend cuda --dtype f16 --op attention --quick
 for tool in memcheck racecheck; do

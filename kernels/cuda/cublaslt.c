@@ -379,8 +379,8 @@ scratch_bytes(const ac_problem *p, const ac_caps *caps)
 static ac_status
 multiply(ac_lane *lane, const ac_gemm *g, const product_key *key, void *scratch, bool *done)
 {
-    ac_cuda_blas *blas;
-    product *p;
+    ac_cuda_blas *blas = NULL;
+    product *p = NULL;
     float one = 1.0f, beta = key->residual ? 1.0f : 0.0f;
     AC_TRY(find_blas(lane, &blas));
     AC_TRY(find_product(blas, key, &p));
