@@ -36,12 +36,14 @@ def draw(pipe, picture: dict, **changes) -> np.ndarray:
         "height": picture.get("height", 256),
         "width": picture.get("width", 256),
         "seed": picture["seed"],
-        "scheduler": {"_class_name": picture["scheduler"], **picture.get("options", {})},
+        "scheduler": pipe.scheduler_config
+        | {"_class_name": picture["scheduler"]}
+        | picture.get("options", {}),
         "progress_bar": False,
     }
-    before = accel.report(pipe)
+    before = accel.report(pipe)["components"]
     image = pipe(picture["prompt"], **(options | changes)).images[0]
-    after = accel.report(pipe)
+    after = accel.report(pipe)["components"]
     for name in ("text_encoder", "unet", "vae"):
         assert after[name]["native_runs"] > before[name]["native_runs"], name
     return np.asarray(image)
