@@ -157,7 +157,8 @@ class TextCalls:
     methods = ("forward",)
 
     def request(self, method, module, dtype, a, defaults):
-        a = {**a, **a.pop("kwargs", {})}
+        more = a.pop("kwargs", {})
+        a = {**a, **more}
         _only(a, {"input_ids", "attention_mask", "output_hidden_states", "return_dict"},
               {**defaults, "output_attentions": False})
         config = module.config
