@@ -180,10 +180,10 @@ def demo(options) -> None:
 # ---- plans: memory and time ----------------------------------------------------------------------
 
 PLANS = [
-    ("SD1.5 UNet 512x512, batch 2", "sd15_unet", dict(entry="forward", batch=2, size=64)),
-    ("SDXL UNet 1024x1024, batch 2", "sdxl_base_unet", dict(entry="forward", batch=2, size=128)),
-    ("SD VAE decode 512x512", "sd_vae", dict(entry="decode", batch=1, size=64)),
-    ("SDXL VAE decode 1024x1024", "sdxl_vae", dict(entry="decode", batch=1, size=128)),
+    ("SD1.5 UNet 512x512, batch 2", "sd15_unet", {"entry": "forward", "batch": 2, "size": 64}),
+    ("SDXL UNet 1024x1024, batch 2", "sdxl_base_unet", {"entry": "forward", "batch": 2, "size": 128}),
+    ("SD VAE decode 512x512", "sd_vae", {"entry": "decode", "batch": 1, "size": 64}),
+    ("SDXL VAE decode 1024x1024", "sdxl_vae", {"entry": "decode", "batch": 1, "size": 128}),
 ]
 
 
@@ -193,14 +193,14 @@ def plans(options) -> None:
 
     rows = []
     for title, name, shape in PLANS:
-        args = dict(
-            entry=shape["entry"],
-            batch=shape["batch"],
-            height=shape["size"],
-            width=shape["size"],
-            tokens=77,
-            timesteps=1,
-        )
+        args = {
+            "entry": shape["entry"],
+            "batch": shape["batch"],
+            "height": shape["size"],
+            "width": shape["size"],
+            "tokens": 77,
+            "timesteps": 1,
+        }
         milliseconds = []
         for _ in range(options.pairs):
             model = _core.Model(json.dumps(config_of(name)), None, device="null")

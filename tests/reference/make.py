@@ -21,49 +21,49 @@ HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "python" / "accel" / "demo_model"
 
 PICTURES = [
-    dict(
-        name="ddim",
-        prompt="a red house by a lake at sunset",
-        seed=1,
-        scheduler="DDIMScheduler",
-    ),
-    dict(
-        name="pndm",
-        prompt="snowy mountains under a full moon, pine trees, night",
-        seed=2,
-        scheduler="PNDMScheduler",
-        options={"skip_prk_steps": True},
-    ),
-    dict(
-        name="euler",
-        prompt="a blue house, green trees, mountain peaks, a cloudy sky, midday",
-        seed=3,
-        scheduler="EulerDiscreteScheduler",
-    ),
-    dict(
-        name="euler_ancestral",
-        prompt="rolling hills at dawn with clouds and leafy trees",
-        negative_prompt="a house",
-        seed=4,
-        scheduler="EulerAncestralDiscreteScheduler",
-    ),
-    dict(
-        name="dpm_multistep_karras",
-        prompt="a yellow cottage and autumn trees by a calm lake, day",
-        seed=5,
-        scheduler="DPMSolverMultistepScheduler",
-        options={"use_karras_sigmas": True},
-    ),
-    dict(
-        name="sde_dpm_wide",
-        prompt="a white cottage by a lake at night under a crescent moon",
-        seed=6,
-        scheduler="DPMSolverMultistepScheduler",
-        options={"algorithm_type": "sde-dpmsolver++"},
-        width=320,
-        height=192,
-        guidance_rescale=0.5,
-    ),
+    {
+        "name": "ddim",
+        "prompt": "a red house by a lake at sunset",
+        "seed": 1,
+        "scheduler": "DDIMScheduler",
+    },
+    {
+        "name": "pndm",
+        "prompt": "snowy mountains under a full moon, pine trees, night",
+        "seed": 2,
+        "scheduler": "PNDMScheduler",
+        "options": {"skip_prk_steps": True},
+    },
+    {
+        "name": "euler",
+        "prompt": "a blue house, green trees, mountain peaks, a cloudy sky, midday",
+        "seed": 3,
+        "scheduler": "EulerDiscreteScheduler",
+    },
+    {
+        "name": "euler_ancestral",
+        "prompt": "rolling hills at dawn with clouds and leafy trees",
+        "negative_prompt": "a house",
+        "seed": 4,
+        "scheduler": "EulerAncestralDiscreteScheduler",
+    },
+    {
+        "name": "dpm_multistep_karras",
+        "prompt": "a yellow cottage and autumn trees by a calm lake, day",
+        "seed": 5,
+        "scheduler": "DPMSolverMultistepScheduler",
+        "options": {"use_karras_sigmas": True},
+    },
+    {
+        "name": "sde_dpm_wide",
+        "prompt": "a white cottage by a lake at night under a crescent moon",
+        "seed": 6,
+        "scheduler": "DPMSolverMultistepScheduler",
+        "options": {"algorithm_type": "sde-dpmsolver++"},
+        "width": 320,
+        "height": 192,
+        "guidance_rescale": 0.5,
+    },
 ]
 
 

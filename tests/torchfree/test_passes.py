@@ -9,10 +9,10 @@ from accel import _core
 
 PASSES = ("simplify", "cse", "merge_linears", "phase_upsample", "fuse_norm", "fuse_epilogue")
 PARTS = {
-    "unet": ("diffusion_pytorch_model", dict(entry="forward", batch=2, height=16, width=12,
-                                             tokens=9, timesteps=1)),
-    "vae": ("diffusion_pytorch_model", dict(entry="decode", batch=1, height=9, width=8)),
-    "text_encoder": ("model", dict(entry="forward", batch=2, tokens=9)),
+    "unet": ("diffusion_pytorch_model", {"entry": "forward", "batch": 2, "height": 16, "width": 12,
+                                             "tokens": 9, "timesteps": 1}),
+    "vae": ("diffusion_pytorch_model", {"entry": "decode", "batch": 1, "height": 9, "width": 8}),
+    "text_encoder": ("model", {"entry": "forward", "batch": 2, "tokens": 9}),
 }  # fmt: skip
 
 
