@@ -291,9 +291,8 @@ make_levels(ac_sched_build *build)
     AC_TRY(ac_sched_doubles(build, build->n_alphas, &build->sigmas));
     AC_TRY(ac_sched_doubles(build, build->n_alphas, &build->log_sigmas));
     for (int32_t i = 0; i < build->n_alphas; i++) {
-        float a = (float)build->alphas[i];
-        build->sigmas[i] = sqrtf((1.0f - a) / a);
-        build->log_sigmas[i] = (float)log(build->sigmas[i]);
+        build->sigmas[i] = sqrt((1.0 - build->alphas[i]) / build->alphas[i]);
+        build->log_sigmas[i] = (float)log(ac_sched_sigma_f32(build, i));
     }
     return AC_OK;
 }

@@ -7,7 +7,8 @@
  * scheduler.c's list.
  *
  * Numbers.  diffusers keeps betas and alphas_cumprod in f32; those are the noise levels a model is
- * told about, so they are made with the same roundings here.  Everything after them is double.
+ * told about, so they are made with the same roundings here.  Timesteps are what it is told in a
+ * run, and keep diffusers' roundings too.  All else is double.
  */
 #ifndef AC_SCHEDULERS_COMMON_H
 #define AC_SCHEDULERS_COMMON_H
@@ -38,9 +39,9 @@ typedef struct ac_sched_build {
     int32_t n_train;      /* num_train_timesteps */
     int32_t n_alphas;     /* length of the next three; not n_train only with trained_betas */
     double *alphas;       /* [n_alphas] alphas_cumprod, f32 values */
-    double *sigmas;       /* [n_alphas] sqrt((1 - a) / a), f32 values; rising, but for the last one
-                             after rescale_betas_zero_snr */
-    double *log_sigmas;   /* [n_alphas] f32 values */
+    double *sigmas;       /* [n_alphas] sqrt((1 - a) / a); rising, but for the last one after
+                             rescale_betas_zero_snr */
+    double *log_sigmas;   /* [n_alphas] as diffusers has them, in f32: they decide timesteps */
     ac_spacing spacing;
     int32_t steps_offset;
     ac_prediction prediction;
@@ -90,7 +91,7 @@ ac_status ac_sched_alpha(const ac_sched_build *build, int64_t t, double *out);
 typedef struct ac_sched_grid {
     int32_t last;      /* training steps in use: n_train, or fewer (lambda_min_clipped) */
     int32_t extra;     /* 1: one more point is made and the lowest dropped (DPM-Solver) */
-    bool fractional;   /* linspace is not rounded but f32 (Euler) */
+    bool fractional;   /* linspace is not rounded (Euler); the UNet is told the nearest f32 */
 } ac_sched_grid;
 
 /* Descending timesteps in the arena.  With trailing spacing there may be one more or fewer than
@@ -120,6 +121,8 @@ ac_status ac_sched_final_sigma(const ac_sched_build *build, double *out, bool *i
 double ac_sched_linspace(double start, double stop, int32_t count, int32_t index);
 /* np.interp(t, arange(n_alphas), sigmas). */
 double ac_sched_sigma_at(const ac_sched_build *build, double t);
+/* sigmas[index] computed in f32. */
+float ac_sched_sigma_f32(const ac_sched_build *build, int32_t index);
 /* The timestep of a sigma: linear in log sigma between training steps, in f32 as in diffusers. */
 double ac_sched_time_of(const ac_sched_build *build, double sigma);
 

@@ -77,7 +77,8 @@ fill_row(const ac_sched_build *build, const ddim_config *config, int64_t t, ac_s
     if (eta == 0.0) {
         spread = 0.0; /* also where there is no variance to take */
     }
-    double toward = sqrt(1.0 - a_next - spread * spread);
+    double left = 1.0 - a_next - spread * spread; /* 0 for eta 1 at a = 0, but for a rounding */
+    double toward = sqrt(fabs(left) < 1e-12 ? 0.0 : left);
     row->timestep = (double)t;
     row->scale_in = 1.0;
     row->clip = config->clip && !config->threshold ? config->clip_range : 0.0;

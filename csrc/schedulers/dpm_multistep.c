@@ -130,7 +130,8 @@ count_usable(const ac_sched_build *build, int32_t *out)
 static void
 convert_sigmas(const ac_sched_build *build, ac_sigma_kind kind, dpm_plan *plan)
 {
-    double high = build->sigmas[build->n_alphas - 1], low = build->sigmas[0];
+    int32_t last = build->n_alphas - 1;
+    float high = ac_sched_sigma_f32(build, last), low = ac_sched_sigma_f32(build, 0);
     ac_sched_sigmas(kind, high, low, plan->sigmas, plan->count);
     const ac_json *schedule = ac_json_get(build->config, "beta_schedule");
     bool cosine = schedule && schedule->kind == AC_JSON_STRING &&
@@ -140,9 +141,9 @@ convert_sigmas(const ac_sched_build *build, ac_sigma_kind kind, dpm_plan *plan)
         double t = ac_sched_time_of(build, plan->sigmas[i]);
         plan->timesteps[i] = rounds ? rint(t) : trunc(t);
     }
-    if (kind == AC_SIGMA_LU) { /* the timesteps are of f32 logarithms, the arithmetic is not */
-        ac_sched_sigmas(AC_SIGMA_EXPONENTIAL, high, low, plan->sigmas, plan->count);
-    }
+    /* timesteps follow diffusers' f32 roundings, the arithmetic does not */
+    kind = kind == AC_SIGMA_LU ? AC_SIGMA_EXPONENTIAL : kind;
+    ac_sched_sigmas(kind, build->sigmas[last], build->sigmas[0], plan->sigmas, plan->count);
 }
 
 /* Straight lines from noise to image, sigma in [0, 1], shifted towards the noisy end. */

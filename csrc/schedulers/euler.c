@@ -111,7 +111,7 @@ make_plan(const ac_sched_build *build, euler_plan *plan)
         plan->n_sigmas = plan->count = build->options.num_inference_steps;
         ac_sched_sigmas(kind, high, low, plan->sigmas, plan->n_sigmas);
         for (int32_t i = 0; i < plan->count; i++) {
-            plan->timesteps[i] = (float)ac_sched_time_of(build, plan->sigmas[i]);
+            plan->timesteps[i] = ac_sched_time_of(build, plan->sigmas[i]);
         }
     }
     bool ends_at_zero;
@@ -132,7 +132,7 @@ continuous_timesteps(const ac_sched_build *build, euler_plan *plan)
     plan->count = plan->n_sigmas - 1;
     AC_TRY(ac_sched_doubles(build, plan->count, &plan->timesteps));
     for (int32_t i = 0; i < plan->count; i++) {
-        plan->timesteps[i] = (float)(0.25 * log(plan->sigmas[i]));
+        plan->timesteps[i] = 0.25 * log(plan->sigmas[i]);
     }
     return AC_OK;
 }
@@ -149,7 +149,7 @@ fill(ac_sched_build *build)
         ac_sched_row *row = &build->out->rows[i];
         const double *sigma = &plan.sigmas[build->options.begin + i];
         AC_TRY(ac_sched_euler_check(build, sigma[0], i));
-        row->timestep = plan.timesteps[build->options.begin + i];
+        row->timestep = (float)plan.timesteps[build->options.begin + i];
         ac_sched_euler_convert(build->prediction, sigma[0], row);
         ac_sched_euler_step(build->prediction, sigma[0], sigma[1], row);
     }

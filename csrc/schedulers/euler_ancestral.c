@@ -29,7 +29,7 @@ fill(ac_sched_build *build)
         AC_TRY(ac_sched_euler_check(build, from, i));
         double up = sqrt(to * to * (from * from - to * to) / (from * from));
         double down = to * to / from; /* the same, without a difference of squares */
-        row->timestep = timesteps[build->options.begin + i];
+        row->timestep = (float)timesteps[build->options.begin + i];
         ac_sched_euler_convert(build->prediction, from, row);
         ac_sched_euler_step(build->prediction, from, down, row);
         row->x_next[AC_BASIS_NOISE] = up;

@@ -62,7 +62,7 @@ ac_sched_timesteps(const ac_sched_build *build, ac_sched_grid grid, double **out
         switch (build->spacing) {
         case AC_SPACING_LINSPACE:
             t = ac_sched_linspace(0.0, grid.last - 1.0, points, rising);
-            t = grid.fractional ? (double)(float)t : rint(t);
+            t = grid.fractional ? t : rint(t);
             break;
         case AC_SPACING_LEADING:
             t = (double)rising * (grid.last / points) + build->steps_offset;
@@ -162,6 +162,13 @@ ac_sched_sigma_at(const ac_sched_build *build, double t)
     }
     int32_t low = (int32_t)t;
     return (build->sigmas[low + 1] - build->sigmas[low]) * (t - low) + build->sigmas[low];
+}
+
+float
+ac_sched_sigma_f32(const ac_sched_build *build, int32_t index)
+{
+    float a = (float)build->alphas[index];
+    return sqrtf((1.0f - a) / a);
 }
 
 double

@@ -15,6 +15,7 @@ import warnings
 import diffusers
 import numpy as np
 import torch
+
 from accel import _core
 
 diffusers.logging.set_verbosity_error()

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from accel import _core
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from accel import _core
 
 SIZES = [*range(1, 41), 255, 256, 4096 + 3, 2 * 4 * 64 * 64]
 SEEDS = [0, 1, 42, 2**32 - 1, 2**40 + 5, -1, -(2**40), -(2**63), 2**64 - 1]

@@ -3,7 +3,6 @@
 import json
 import random
 
-import accel
 import numpy as np
 import pytest
 from _schedulers_reference import (
@@ -17,11 +16,14 @@ from _schedulers_reference import (
     run_table,
     schedule,
 )
-from accel import _core
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import accel
+from accel import _core
+
 TOLERANCE = 1e-5
+DOUBLE = 1e-6  # the table run in float64: what is left are float32 timesteps told to the model
 COUNTS = [1, 2, 3, 4, 5, 7, 10, 14, 15, 20, 25, 33, 50]
 INF = float("inf")
 REFUSALS = (NotImplementedError, ValueError, IndexError, RuntimeError, TypeError)
@@ -33,7 +35,10 @@ SHARED = {
         {},
         {"beta_schedule": "squaredcos_cap_v2"},
         {"num_train_timesteps": 400, "beta_end": 0.04},
-        {"trained_betas": np.linspace(0.0002, 0.03, 1000).tolist()},
+        {
+            "num_train_timesteps": 60,
+            "trained_betas": [round(0.003 + 0.004 * i, 4) for i in range(60)],
+        },
     ],
     "timestep_spacing": ["linspace", "leading", "trailing"],
     "steps_offset": [0, 1],
@@ -124,8 +129,9 @@ def draw_config(name, choose):
 
 
 def reference_for(table, name, config, steps, eta, begin):
-    """The reference, on accel's levels where float32 does not settle them."""
-    if table is None or not config.get("rescale_betas_zero_snr"):
+    """The reference, on accel's levels and timesteps where float32 does not settle them."""
+    whole = name == "DPMSolverMultistepScheduler" and truncates_timesteps(config)
+    if table is None or not (whole or config.get("rescale_betas_zero_snr")):
         return Reference(name, config, steps, eta, begin)
     # 1 - alphas_cumprod is a difference of roundings after the rescale, and PyTorch's float32
     # square root is not the same on every CPU; so the levels are compared and then shared.
@@ -134,7 +140,9 @@ def reference_for(table, name, config, steps, eta, begin):
     assert len(stock.stock_timesteps) == len(table)
     if "continuous" not in config.values():
         assert np.abs(np.subtract(table.timesteps, stock.stock_timesteps)).max() <= 1.0
-    given = {"levels": table.alphas_cumprod, "timesteps": table.timesteps}
+    given = {"timesteps": table.timesteps}
+    if config.get("rescale_betas_zero_snr"):
+        given["levels"] = table.alphas_cumprod
     return Reference(name, config, steps, eta, begin, **given)
 
 
@@ -146,17 +154,29 @@ def attempt(function, *arguments):
         return None, refusal
 
 
-def ends_in_an_empty_lu_step(config):
-    """There diffusers divides roundings by roundings; accel takes the step as empty."""
-    return config.get("use_lu_lambdas") and config.get("final_sigmas_type") == "sigma_min"
+def hangs_on_a_rounding(config, eta):
+    """Where diffusers gives NaN or not by the last bit, and accel what the formula means: lu sigmas
+    that end at sigma_min, an empty step; and the root of a 0 in DDIM from a terminal alpha of 0."""
+    lu = config.get("use_lu_lambdas") and config.get("final_sigmas_type") == "sigma_min"
+    return lu or (eta == 1.0 and config.get("rescale_betas_zero_snr"))
 
 
-def float32_suffices(config):
+def truncates_timesteps(config):
+    """DPM-Solver takes the whole part of an interpolated timestep. The first one is a tie between
+    two whole numbers that float32 roundings of log(sigma) decide, not the same on every CPU."""
+    if config.get("use_exponential_sigmas") or config.get("use_beta_sigmas"):
+        return True
+    cosine = config.get("beta_schedule") == "squaredcos_cap_v2"
+    return cosine and (config.get("use_karras_sigmas") or config.get("use_lu_lambdas"))
+
+
+def float32_suffices(table, config):
     """Whether float32 latents keep a whole run within the bound. Where x0 or the noise is divided
     out of them at an extreme sigma they lose digits, diffusers' own too; there the run is held to
     the bound in float64 and the kernel row by row."""
     noisy = config.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver")
-    return not (noisy or config.get("rescale_betas_zero_snr") or config.get("thresholding"))
+    extreme = config.get("rescale_betas_zero_snr") or table.init_noise_sigma > 1000
+    return not (noisy or extreme or config.get("thresholding"))
 
 
 def check(name, config, steps, eta=0.0, begin=0):
@@ -172,7 +192,10 @@ def check(name, config, steps, eta=0.0, begin=0):
             assert stock is None or not stock.finite, f"{about}: refused: {refusal}"
         return False
     if expected is None or not expected.finite:
-        assert ends_in_an_empty_lu_step(config), f"{about}: diffusers refuses: {reason}"
+        # in float64 the root of an empty step's -1e-16 is NaN, where float32 has 0
+        stock, _ = attempt(Reference, name, config, steps, eta, begin, False)
+        good = hangs_on_a_rounding(config, eta) or (stock is not None and stock.finite)
+        assert good, f"{about}: diffusers refuses: {reason}"
         return False
     compare(table, expected, name, config, about)
     return True
@@ -184,14 +207,17 @@ def compare(table, expected, name, config, about):
         found, stock = np.array(table.timesteps), np.array(expected.stock_timesteps)
         # fractional ones are float32 interpolations, whole ones are exact
         tolerance = 2e-4 if name == "EulerDiscreteScheduler" else 0.0
+        if name == "DPMSolverMultistepScheduler" and truncates_timesteps(config):
+            tolerance = 1.0
+            assert (found != stock).sum() <= 1 + len(found) // 10, about
         assert np.abs(found - stock).max() <= tolerance, about
     assert [int(row["draws_noise"]) for row in table.rows] == expected.draws, about
     assert table.init_noise_sigma == pytest.approx(expected.init_noise_sigma, rel=1e-6), about
     for i, (found, state) in enumerate(zip(run_table(table), expected.states, strict=True)):
-        assert error(found, state) < TOLERANCE, f"{about}: row {i}"
+        assert error(found, state) < DOUBLE, f"{about}: row {i}"
     states, worst = run_kernel(table)
     assert worst < (1e-5 if config.get("thresholding") else 3e-7), about  # float32 quantile
-    if float32_suffices(config):
+    if float32_suffices(table, config):
         for i, (found, state) in enumerate(zip(states, expected.states, strict=True)):
             assert error(found, state) < TOLERANCE, f"{about}: row {i} by the kernel"
 
