@@ -132,10 +132,14 @@ class Watch:
 
     def __init__(self, module, expected):
         self.reason = None
+        self.parameters, self.bound, self.dtype = [], [], None
+        self.volatile = False  # the reason may go without a change of structure
         self._record(module)
         try:
             self._examine(module, expected)
+            self.volatile = True
             self._take_parameters(module)
+            self.volatile = False
         except Fallback as reason:
             self.reason = str(reason)
 
@@ -159,7 +163,7 @@ class Watch:
     def changed(self, module):
         """True when the module must be examined again."""
         cls, training, config = self.root
-        if (type(module) is not cls or module.training is not training
+        if (self.volatile or type(module) is not cls or module.training is not training
                 or module.config is not config or list(module._modules.values()) != self.children):
             return True
         if any(c.forward is not f for c, f in self.classes):
@@ -195,8 +199,6 @@ class Watch:
     # ---- parameters ------------------------------------------------------------------------------
 
     def _take_parameters(self, module):
-        self.parameters = []
-        self.dtype = None
         for prefix, m in module.named_modules():
             if _ignored(prefix):
                 continue
