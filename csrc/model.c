@@ -34,6 +34,7 @@ struct ac_model {
     const ac_model_class *cls;
     void *config;
     ac_weights *weights;      /* NULL: none, plans only */
+    bool joined;              /* derives into the weights: leaves them at the end */
     ac_device *device;
     uint32_t passes_off;
     cached_plan **plans;
@@ -99,6 +100,7 @@ ac_model_new(const ac_json *config, ac_weights *weights, const char *device,
     }
     if (weights) {
         ac_weights_set_release(weights, m->device->backend->free, m->device->self);
+        m->joined = true;
     }
     *out = m;
     return AC_OK;
@@ -141,7 +143,9 @@ ac_model_unref(ac_model *m)
     }
     ac_free(m->plans);
     if (m->weights) {
-        ac_weights_drop_derived(m->weights); /* they are the device's memory */
+        if (m->joined) {
+            ac_weights_leave(m->weights);
+        }
         ac_weights_unref(m->weights);
     }
     ac_device_unref(m->device);

@@ -34,6 +34,7 @@ struct ac_weights {
     ac_map by_key;
     void (*release)(void *self, void *data);
     void *release_self;
+    int32_t users;         /* that called set_release and did not leave */
 };
 
 static void
@@ -447,6 +448,7 @@ void
 ac_weights_set_release(ac_weights *weights, void (*release)(void *self, void *data), void *self)
 {
     lock(weights);
+    weights->users++;
     weights->release = release;
     weights->release_self = self;
     unlock(weights);
@@ -501,6 +503,17 @@ ac_weights_check(ac_weights *weights)
     }
     unlock(weights);
     return changed;
+}
+
+void
+ac_weights_leave(ac_weights *weights)
+{
+    lock(weights);
+    bool last = --weights->users == 0;
+    unlock(weights);
+    if (last) {
+        ac_weights_drop_derived(weights);
+    }
 }
 
 void

@@ -71,6 +71,9 @@ ac_status ac_weights_derived(ac_weights *weights, const char *key, const char *c
                              int32_t n_sources, ac_derived **out);
 void ac_weights_set_release(ac_weights *weights, void (*release)(void *self, void *data),
                             void *self);
+/* Each set_release is one user that may be running on derived weights; one leaves, and with the
+ * last their memory goes (what releases it goes too). */
+void ac_weights_leave(ac_weights *weights);
 int32_t ac_weights_derived_count(const ac_weights *weights);
 const ac_derived *ac_weights_derived_at(const ac_weights *weights, int32_t index);
 /* Marks as invalid what was made from `name` (NULL: everything).  Keeps the memory. */
