@@ -181,7 +181,8 @@ def demo(options) -> None:
 
 PLANS = [
     ("SD1.5 UNet 512x512, batch 2", "sd15_unet", {"entry": "forward", "batch": 2, "size": 64}),
-    ("SDXL UNet 1024x1024, batch 2", "sdxl_base_unet", {"entry": "forward", "batch": 2, "size": 128}),
+    ("SDXL UNet 1024x1024, batch 2", "sdxl_base_unet",
+     {"entry": "forward", "batch": 2, "size": 128}),
     ("SD VAE decode 512x512", "sd_vae", {"entry": "decode", "batch": 1, "size": 64}),
     ("SDXL VAE decode 1024x1024", "sdxl_vae", {"entry": "decode", "batch": 1, "size": 128}),
 ]

@@ -1,3 +1,5 @@
+"""Fixtures of the tests that need no PyTorch: tiny model folders made by NumPy."""
+
 import pytest
 import tiny
 
