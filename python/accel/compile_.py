@@ -17,11 +17,13 @@ import weakref
 from collections import Counter
 
 from . import _core
-from ._core import DTypeError, InvalidArgument, ShapeError, UnsupportedError
+from ._core import DTypeError, InvalidArgument, ShapeError, UnsupportedError, WeightsError
 
 MARK = "_accel"  # instance attribute that holds the Native of a compiled module
 PIPES = weakref.WeakKeyDictionary()  # pipeline -> {component: why it was left alone}
 PROMPTS_KEPT = 4
+# What the engine says to a call that the original may still take, or refuse in its own words.
+REFUSALS = (InvalidArgument, ShapeError, DTypeError, UnsupportedError, WeightsError, BufferError)
 _tokens = itertools.count(1)
 
 
@@ -60,7 +62,9 @@ class Native:
         self.copies = {}       # name -> (flat view of the parameter's memory, copy, checksum)
         self.raw = None        # Weights over those flat views
         self.prompts = []      # newest last: (tensors, token)
-        self.io = {}
+        self.unwatched = None  # see _prompt_weights
+        self.prompt_checksum = None
+        self.io = {}           # args -> outputs
 
     def release(self):
         with self.lock:
@@ -183,13 +187,12 @@ class Native:
     def _prompt_weights(self):
         """Weights of the prompt section that no derived weight watches over."""
         derived = self.weights.derived()
-        if self.io.get("derived") != len(derived):
+        if self.unwatched is None or self.unwatched[0] != len(derived):
             watched = {s for d in derived for s in d["sources"]}
-            self.io["derived"] = len(derived)
-            self.io["direct"] = tuple(
+            self.unwatched = len(derived), tuple(
                 n for n in self.weights.names() if n not in watched and _is_prompt_weight(n))
             self.prompt_checksum = None
-        return self.io["direct"]
+        return self.unwatched[1]
 
     # ---- calls -----------------------------------------------------------------------------------
 
@@ -202,7 +205,7 @@ class Native:
             result = self._try(module, method, args, kwargs)
         except Fallback as reason:
             why = str(reason)
-        except (InvalidArgument, ShapeError, DTypeError, UnsupportedError, BufferError) as error:
+        except REFUSALS as error:
             why = f"{type(error).__name__}: {error}"
         else:
             return result
