@@ -281,3 +281,20 @@ def test_a_thread_each():
         for t in threads:
             t.join()
     assert all(close(r, e) for r, e in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("which", ["sd", "sdxl"])
+def test_the_prompt_section_watches_weights_that_are_used_in_place(which):
+    """Without merging nothing is derived of keys and values: only a checksum sees them change."""
+    fast = accel.compile(module("unet", which), passes_off="merge_linears")
+    args, named = inputs("unet", which)
+    before = fast(*args, **named).sample
+    native = fast._accel
+    assert len(native._prompt_weights()) >= 2
+    for name, p in fast.named_parameters():
+        if ".attn2.to_k." in name or ".attn2.to_v." in name or name.startswith("add_embedding"):
+            p.data.mul_(1.3)
+    with ran(fast, 1):
+        after = fast(*args, **named).sample
+    assert not close(after, before, 1e-3)
+    assert close(after, copy.deepcopy(fast)(*args, **named).sample)
