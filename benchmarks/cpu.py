@@ -11,6 +11,7 @@ checked first: the outputs agree, and report() says that the native path ran.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -111,7 +112,9 @@ def compare(make, pairs: int) -> tuple[float, float, float]:
     module, method, args, pick = make()
     module.eval()
     randomise(module)
-    eager = getattr(module, method)
+    stock = copy.deepcopy(module)
+    stock.load_state_dict(module.state_dict(keep_vars=True), assign=True)  # one set of weights
+    eager = getattr(stock, method)
     accel.compile(module)
     native = getattr(module, method)
     with torch.no_grad():
