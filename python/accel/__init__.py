@@ -28,11 +28,10 @@ from ._core import (
     Tensor,
     UnsupportedError,
     WeightsError,
-    get_num_threads,
-    set_num_threads,
 )
 from ._core import Rng as Generator
 from ._core import version as __version__
+from .threads import get_num_threads, set_num_threads
 
 _core.set_library_folder(str(_Path(__file__).parent))
 

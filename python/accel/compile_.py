@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections import Counter
 
-from . import _core
+from . import _core, threads
 from ._core import DTypeError, InvalidArgument, ShapeError, UnsupportedError, WeightsError
 
 MARK = "_accel"  # instance attribute that holds the Native of a compiled module
@@ -239,6 +239,7 @@ class Native:
             outputs = {name: torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
                        for name, shape, dtype in self._outputs(request.args)}
             self.last_args = request.args
+            threads.follow(torch.get_num_threads())
             self.active += 1
         try:
             inputs = {n: t.detach() for n, t in request.inputs.items()}

@@ -313,3 +313,22 @@ def test_eager_hooks_of_transformers_do_not_matter():
     accel.compile(m)
     with ran(m, 1):
         m(ids, output_hidden_states=True)
+
+
+def test_threads_are_pytorchs_unless_chosen():
+    fast = accel.compile(module("vae"))
+    args, _ = inputs("vae")
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            results.append(fast.decode(*args).sample)
+            assert accel.get_num_threads() == n
+        accel.set_num_threads(2)
+        results.append(fast.decode(*args).sample)
+        assert accel.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+        accel.set_num_threads(0)
+    assert all(torch.equal(results[0], r) for r in results)

@@ -266,6 +266,10 @@ STRUCTURE = {
     "parametrization": (parametrized, "conv_in"),
     "one child in half": (lambda m: m.time_embedding.half(), "dtypes"),
     "fused projections": (lambda m: m.fuse_qkv_projections(), "Fused"),
+    "layerwise casting": (lambda m: m.enable_layerwise_casting(
+        storage_dtype=torch.bfloat16, compute_dtype=torch.float32), "forward"),
+    "group offload": (lambda m: m.enable_group_offload(
+        torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level"), "forward"),
 }
 
 
