@@ -2,11 +2,11 @@
  *
  * Three kernels: flash (attention_flash.cu); wide, for heads that do not fit into registers, as two
  * tensor-core GEMMs with a row softmax between them; plain, the same with the plain GEMM, for any
- * dtype and strides.  The last two take as many queries at a time as keep scores within SCORE_BYTES:
+ * dtype and strides.  The last two take so many queries at a time that scores stay in SCORE_BYTES:
  *
  *     scores f32 [image][head][query][key] -> exp(score - row maximum), row sums -> p v / sum
  *
- * The division comes last: exponents of 16384 keys divided by their sum would be subnormal in f16. */
+ * The division comes last: exponents of 16384 keys over their sum would be subnormal in f16. */
 #include "attention.h"
 #include "element.cuh"
 #include "gemm.h"
@@ -14,7 +14,7 @@
 
 static constexpr size_t SCORE_BYTES = (size_t)128 << 20;
 
-/* ---- the softmax between two GEMMs -------------------------------------------------------------- */
+/* ---- the softmax between two GEMMs ----------------------------------------------------------- */
 
 struct rows {
     const float *scores;  /* [z][queries][pitch] */
@@ -79,11 +79,11 @@ softmax_kernel(rows r)
     }
 }
 
-/* ---- scratch -------------------------------------------------------------------------------------- */
+/* ---- scratch --------------------------------------------------------------------------------- */
 
 struct layout {
     int64_t products, pitch, queries; /* queries taken at a time */
-    size_t scores, exponents, values, scale, total; /* offsets of what lies in scratch, and its size */
+    size_t scores, exponents, values, scale, total; /* offsets in scratch, and its size */
 };
 
 static layout
@@ -107,7 +107,7 @@ layout_of(const ac_attention_job &j, bool wide)
     return l;
 }
 
-/* ---- the two GEMMs -------------------------------------------------------------------------------- */
+/* ---- the two GEMMs --------------------------------------------------------------------------- */
 
 static ac_gemm_image
 image_of(const void *data, ac_dtype dtype, int64_t row, int64_t column, int64_t image, int64_t head)
@@ -217,7 +217,7 @@ run(ac_lane *lane, const ac_attention_job &j, bool wide, char *scratch)
     return AC_OK;
 }
 
-/* ---- the kernels ---------------------------------------------------------------------------------- */
+/* ---- the kernels ----------------------------------------------------------------------------- */
 
 static ac_attention_operand
 operand_of(const ac_tensor *t)

@@ -203,7 +203,7 @@ flash_kernel(const __grid_constant__ ac_attention_job j)
     store_rows<T, D>(j, w, query);
 }
 
-/* ---- when, and how ---------------------------------------------------------------------------- */
+/* ---- when, and how --------------------------------------------------------------------------- */
 
 static bool
 fits(const ac_attention_operand *o, ac_dtype dtype)

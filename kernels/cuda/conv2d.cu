@@ -21,7 +21,7 @@ launch_plain(ac_lane *lane, const ac_problem *p, void *, const void *)
     return ac_cuda_gemm_plain(lane, &g);
 }
 
-/* ---- with packed weights ----------------------------------------------------------------------- */
+/* ---- with packed weights --------------------------------------------------------------------- */
 
 /* [o, i, kh, kw] as [o, kh, kw, i], a leading phase dimension kept. */
 static ac_tensor

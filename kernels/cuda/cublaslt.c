@@ -22,7 +22,7 @@
 
 #define WORKSPACE ((size_t)32 << 20) /* what NVIDIA recommends for sm_90 */
 
-/* ---- the library ------------------------------------------------------------------------------- */
+/* ---- the library ----------------------------------------------------------------------------- */
 
 #define ENTRY_POINTS(X)                                                                            \
     X(Create)                                                                                      \
@@ -62,7 +62,7 @@ open_first(const char *folder, int flags)
     return library;
 }
 
-/* NVIDIA's packages lie beside ours: site-packages/nvidia/cu13/lib, for CUDA 12 nvidia/cublas/lib. */
+/* NVIDIA's packages lie beside ours: site-packages/nvidia/cu13/lib; for 12 nvidia/cublas/lib. */
 static void *
 open_in_site(const char *site)
 {
@@ -136,7 +136,7 @@ check(cublasStatus_t status, const char *call)
 
 #define LT(call, ...) AC_TRY(check(lt.call(__VA_ARGS__), "cublasLt" #call))
 
-/* ---- products that have been asked for --------------------------------------------------------- */
+/* ---- products that have been asked for ------------------------------------------------------- */
 
 typedef struct product_key {
     int64_t m, n, k, x_row, w_row, out_row, residual_row; /* rows in elements */
@@ -319,7 +319,7 @@ find_blas(const ac_lane *lane, ac_cuda_blas **out)
     return AC_OK;
 }
 
-/* ---- the kernel -------------------------------------------------------------------------------- */
+/* ---- the kernel ------------------------------------------------------------------------------ */
 
 /* Rows at one distance, columns side by side, everything in units of 16 bytes. */
 static bool

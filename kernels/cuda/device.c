@@ -45,7 +45,7 @@ ac_cuda_check(cudaError_t status, const char *call)
                         cudaGetErrorName(status));
 }
 
-/* ---- the current device, and losing one ----------------------------------------------------------- */
+/* ---- the current device, and losing one ------------------------------------------------------ */
 
 static ac_status
 enter(ac_cuda_device *device, int *previous)
@@ -135,7 +135,7 @@ ac_cuda_blas_slot(const ac_lane *lane)
     return &lane->device->blas;
 }
 
-/* ---- life --------------------------------------------------------------------------------------- */
+/* ---- life ------------------------------------------------------------------------------------ */
 
 static ac_status
 no_device(cudaError_t status)
@@ -202,7 +202,7 @@ cuda_close(void *self)
     ac_cuda_host->free(device);
 }
 
-/* ---- memory ------------------------------------------------------------------------------------- */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 static ac_status
 allocate(ac_cuda_device *device, size_t bytes, void **out)
@@ -262,7 +262,7 @@ cuda_copy(void *self, ac_lane *lane, void *to, const void *from, size_t bytes)
     return move(self, lane, to, from, bytes, cudaMemcpyDeviceToDevice, "copy");
 }
 
-/* ---- lanes -------------------------------------------------------------------------------------- */
+/* ---- lanes ----------------------------------------------------------------------------------- */
 
 static ac_status
 cuda_lane_open(void *self, ac_lane **out)
@@ -303,7 +303,7 @@ cuda_sync(void *self, ac_lane *lane)
     return leave(self, previous, check(self, status, "cudaStreamSynchronize"));
 }
 
-/* ---- recording ----------------------------------------------------------------------------------- */
+/* ---- recording ------------------------------------------------------------------------------- */
 
 static ac_status
 cuda_record_begin(void *self, ac_lane *lane)
@@ -387,7 +387,7 @@ cuda_record_free(void *self, ac_recording *recording)
     }
 }
 
-/* ---- the exported symbol ------------------------------------------------------------------------- */
+/* ---- the exported symbol --------------------------------------------------------------------- */
 
 __attribute__((visibility("default"))) ac_status
 ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out);

@@ -32,9 +32,10 @@ slices_of(int64_t channels)
 template <typename T, int BM, int BN> struct loader {
     const ac_gemm &g;
     uint32_t x_tile, w_tile; /* shared addresses of stage 0; BM and BN rows of 64 bytes */
-    int32_t n[BM / LINES], y[BM / LINES], x[BM / LINES]; /* input pixel under tap 0; y far below 0: no row */
+    /* The input pixel under tap 0; y far below 0: no row. */
+    int32_t n[BM / LINES], y[BM / LINES], x[BM / LINES];
     const T *x_row[BM / LINES], *w_row[BN / LINES]; /* NULL: zeros */
-    const T *x1, *x2; /* this product's images; an array would be indexed at run time: local memory */
+    const T *x1, *x2; /* not an array: an index at run time would mean local memory */
     int32_t ky, kx, source; /* where the next slice is */
     int64_t c;
     int64_t w_offset; /* of the tap's and source's first channel in a row of w */
@@ -276,7 +277,7 @@ gemm_mma_kernel(const __grid_constant__ ac_gemm g, bool wide)
     }
 }
 
-/* ---- when, and how ---------------------------------------------------------------------------- */
+/* ---- when, and how --------------------------------------------------------------------------- */
 
 static bool
 by_eights(const ac_gemm_image *i)

@@ -154,7 +154,7 @@ apply_kernel(job g, int32_t width, int64_t run)
     }
 }
 
-/* ---- when, and how ---------------------------------------------------------------------------- */
+/* ---- when, and how --------------------------------------------------------------------------- */
 
 /* Pixels at one distance; false when they are not. */
 static bool

@@ -1,7 +1,8 @@
 /* layer_norm: y = (x - mean) / sqrt(variance + eps) gamma + beta over the last dimension.
  *
- * A warp a row: mean first, then the squares of what is left, then the result; the second and third
- * reads of a row are L1's.  Bound: memory, one read and one write of the tensor. */
+ * A warp a row: the mean, then the squares around it and what rounding left of it, then the result;
+ * the second and third reads of a row are L1's.
+ * Bound: memory, one read and one write of the tensor. */
 #include "element.cuh"
 #include "list.h"
 
@@ -34,14 +35,17 @@ layer_norm_kernel(rows r)
     for (int64_t c = lane; c < r.columns; c += 32) {
         sum += ac_load(r.x, at[1] + c * r.x_column);
     }
-    float mean = warp_sum(sum) / (float)r.columns;
+    float mean = warp_sum(sum) / (float)r.columns, rest = 0.0f;
     for (int64_t c = lane; c < r.columns; c += 32) {
         float d = ac_load(r.x, at[1] + c * r.x_column) - mean;
+        rest += d;
         squares += d * d;
     }
-    float scale = 1.0f / sqrtf(warp_sum(squares) / (float)r.columns + r.eps);
+    rest = warp_sum(rest) / (float)r.columns; /* what rounding left of the mean */
+    float variance = fmaxf(warp_sum(squares) / (float)r.columns - rest * rest, 0.0f);
+    float scale = 1.0f / sqrtf(variance + r.eps);
     for (int64_t c = lane; c < r.columns; c += 32) {
-        float d = ac_load(r.x, at[1] + c * r.x_column) - mean;
+        float d = ac_load(r.x, at[1] + c * r.x_column) - mean - rest;
         ac_store(r.y, at[0] + c * r.y_column,
                  d * scale * ac_load(r.gamma, c * r.gamma_stride) +
                      ac_load(r.beta, c * r.beta_stride));

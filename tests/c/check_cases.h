@@ -32,7 +32,7 @@ add_case(case_list *list, ac_op op, const ac_shape *shape, int32_t n_inputs)
 #define AC_TRY_CASE(expr)                                                                          \
     do {                                                                                           \
         if ((expr) < 0) {                                                                          \
-            printf("bad case: %s\n", ac_error_message());                                          \
+            fprintf(stderr, "bad case: %s\n", ac_error_message());                                 \
             abort();                                                                               \
         }                                                                                          \
     } while (0)

@@ -42,7 +42,7 @@ aligned_cases(case_list *list)
         c->attr.linear = (ac_linear_attr){gated ? AC_ACT_GELU : AC_ACT_NONE, gated};
         c->strided = variant >= 4;
     }
-    /* images, queries, keys, heads, head size: several tiles of keys, the causal diagonal in each */
+    /* images, queries, keys, heads, head size: several tiles of keys, the diagonal in each */
     static const int32_t attention[][5] = {{2, 200, 200, 2, 40}, {1, 130, 130, 3, 64},
                                            {1, 70, 70, 2, 160},  {1, 150, 150, 2, 512},
                                            {2, 33, 333, 2, 80},  {1, 300, 20, 1, 200}};

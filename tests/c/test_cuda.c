@@ -1,5 +1,5 @@
-/* test_cuda: what the CUDA backend promises beside its kernels: errors that name the facts and leave
- * it usable, recorded launches, two lanes.  Where there is no GPU it says so and passes; `make
+/* test_cuda: what the CUDA backend promises beside its kernels: errors that name the facts and
+ * leave it usable, recorded launches, two lanes.  Where there is no GPU it says so and passes; `make
  * test-gpu` looks for "ran on cuda". */
 #include "../../csrc/backend_cuda.h"
 #include "test.h"
@@ -71,7 +71,7 @@ a_missing_gpu_is_named(void)
 static void
 another_abi_is_refused(void)
 {
-    /* The library checks it before anything else, so this needs no GPU; but it needs the library. */
+    /* The library looks at it before anything else: this needs no GPU, but the library. */
     const ac_backend *backend;
     ac_backend_cuda_set_folder("python/accel");
     if (ac_backend_cuda_load(&backend) < 0) {
