@@ -1,6 +1,6 @@
 /* test_cuda: what the CUDA backend promises beside its kernels: errors that name the facts and
- * leave it usable, recorded launches, two lanes.  Where there is no GPU it says so and passes; `make
- * test-gpu` looks for "ran on cuda". */
+ * leave it usable, recorded launches, two lanes.  Where there is no GPU it says so and passes;
+ * `make test-gpu` looks for "ran on cuda". */
 #include "../../csrc/backend_cuda.h"
 #include "test.h"
 
