@@ -49,6 +49,8 @@ def save(session, folder, parts):
         shutil.copy(session.folder / "tokenizer" / name, folder / "tokenizer" / name)
     for path in folder.rglob("*.json"):
         _forget_origin(path)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)  # newer safetensors leave them to their owner alone
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > LIMIT:
         raise ValueError(f"{folder} holds {size} bytes, more than {LIMIT}")
