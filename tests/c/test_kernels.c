@@ -8,8 +8,8 @@
  *                  [--dtype f32|f16|bf16]  of operands and results (GPU)
  *
  * Small problems are compared in every element, large ones in 4,096 random elements and the
- * corners.  CPU kernels run with 1 and with 3 threads, and both results must agree to the bit; where
- * a backend records, the second run is a replay.  The first mismatch is printed with what is
+ * corners.  CPU kernels run with 1 and with 3 threads, and both results must agree to the bit;
+ * where a backend records, the second run is a replay.  The first mismatch is printed with what is
  * needed to see it again; the exit status is then 1.
  */
 #include "check_cases.h"
