@@ -4,7 +4,6 @@
  * the weights and the caller's tensors may all be others than last time. */
 #include "exec.h"
 
-#include <pthread.h>
 #include <string.h>
 
 struct ac_exec {
@@ -23,9 +22,6 @@ struct ac_exec {
     uint64_t prompt;
     ac_arena memory;         /* of the arrays above */
 };
-
-/* Derived weights are shared by all execs over one set: one maker at a time. */
-static pthread_mutex_t derive_lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
@@ -204,6 +200,23 @@ bind_weight(ac_exec *e, ac_val v)
     return AC_OK;
 }
 
+/* A source that was re-bound with another dtype may want another size than last time. */
+static ac_status
+derived_memory(ac_device *device, ac_derived *d, size_t bytes)
+{
+    if (d->data && d->bytes != bytes) {
+        device->backend->free(device->self, d->data);
+        d->data = NULL;
+    }
+    if (!d->data) {
+        d->valid = false;
+        d->bytes = 0;
+        AC_TRY(device->backend->alloc(device->self, bytes, &d->data));
+        d->bytes = bytes;
+    }
+    return AC_OK;
+}
+
 /* A weight on the host, for a device that cannot read there: its copy is a derived weight. */
 static ac_status
 upload_weight(ac_exec *e, ac_device_lane *lane, ac_val v)
@@ -220,15 +233,12 @@ upload_weight(ac_exec *e, ac_device_lane *lane, ac_val v)
     ac_status status = ac_weights_derived(e->weights, made, &name, 1, &copy);
     ac_free(made);
     AC_TRY(status);
-    if (!copy->data) {
-        copy->bytes = ac_tensor_bytes(&e->bound[v]);
-        AC_TRY(device->backend->alloc(device->self, copy->bytes, &copy->data));
-    }
+    AC_TRY(derived_memory(device, copy, ac_tensor_bytes(&e->bound[v])));
     if (!copy->valid) {
+        copy->checksum = ac_weights_checksum(e->weights, &name, 1);
         AC_TRY(device->backend->upload(device->self, lane->lane, copy->data, e->bound[v].data,
                                        copy->bytes));
         AC_TRY(device->backend->sync(device->self, lane->lane)); /* other lanes read it too */
-        copy->checksum = ac_weights_checksum(e->weights, &name, 1);
         copy->valid = true;
     }
     e->bound[v].data = copy->data;
@@ -356,13 +366,7 @@ allocate_derived(ac_exec *e, int32_t i)
         AC_TRY(ac_weights_derived(e->weights, want->key, want->source, want->n_sources,
                                   &e->derived[i]));
     }
-    ac_derived *d = e->derived[i];
-    if (!d->data) {
-        d->valid = false;
-        AC_TRY(device->backend->alloc(device->self, want->bytes, &d->data));
-        d->bytes = want->bytes;
-    }
-    return AC_OK;
+    return derived_memory(device, e->derived[i], want->bytes);
 }
 
 static ac_status
@@ -372,6 +376,18 @@ prepare_weight(ac_exec *e, ac_device_lane *lane, int32_t i)
     int32_t s = (int32_t)(step - e->plan->steps);
     resolve(e, lane, s);
     return step->kernel->prepare(lane->lane, &e->problems[s], e->derived[i]->data);
+}
+
+/* Before the sources are read: what changes while they are shows at the next check. */
+static void
+take_checksums(ac_exec *e)
+{
+    for (int32_t i = 0; i < e->plan->n_derived; i++) {
+        ac_derived *d = e->derived[i];
+        if (!d->valid) {
+            d->checksum = ac_weights_checksum(e->weights, d->source, d->n_sources);
+        }
+    }
 }
 
 static ac_status
@@ -387,6 +403,7 @@ derive_locked(ac_exec *e, ac_device_lane *lane)
         return AC_OK;
     }
     mark_needed(e);
+    take_checksums(e);
     for (int32_t s = plan->first[AC_RATE_LOAD]; s < plan->first[AC_RATE_PROMPT]; s++) {
         if (e->needed[s]) {
             resolve(e, lane, s);
@@ -401,7 +418,6 @@ derive_locked(ac_exec *e, ac_device_lane *lane)
         if (plan->derived[i].prepare) {
             AC_TRY(prepare_weight(e, lane, i));
         }
-        d->checksum = ac_weights_checksum(e->weights, d->source, d->n_sources);
         d->valid = true;
     }
     e->ran = false;
@@ -412,12 +428,15 @@ derive_locked(ac_exec *e, ac_device_lane *lane)
 static ac_status
 derive(ac_exec *e, ac_device_lane *lane)
 {
-    pthread_mutex_lock(&derive_lock);
+    if (!e->weights) {
+        return bind_weights(e, lane);
+    }
+    ac_weights_make_begin(e->weights);
     ac_status status = bind_weights(e, lane);
     if (status == AC_OK) {
         status = derive_locked(e, lane);
     }
-    pthread_mutex_unlock(&derive_lock);
+    ac_weights_make_end(e->weights);
     return status;
 }
 

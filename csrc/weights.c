@@ -3,6 +3,8 @@
  * Entries and derived records live in the arena, one by one, so that pointers to them stay put
  * while the tables of pointers grow.  One mutex guards the tables; deleters and release() are
  * called outside it, because a caller's may wait for Python's lock, whose holder may wait for us.
+ * A second one, taken before it, keeps the makers of derived weights and those who invalidate them
+ * apart: else what was changed meanwhile would be marked valid when the maker is done.
  * The files are in weights_files.c.
  */
 #include "weights.h"
@@ -24,6 +26,7 @@ typedef struct entry {
 struct ac_weights {
     _Atomic int32_t references;
     _Atomic uint64_t generation;
+    pthread_mutex_t making; /* held while derived weights are made, or marked invalid */
     pthread_mutex_t mutex; /* guards what follows */
     ac_arena arena;        /* entries, derived records, names */
     entry **entries;
@@ -59,6 +62,7 @@ ac_weights_new(ac_weights **out)
         return ac_no_memory(sizeof *weights);
     }
     atomic_init(&weights->references, 1);
+    pthread_mutex_init(&weights->making, NULL);
     pthread_mutex_init(&weights->mutex, NULL);
     ac_arena_init(&weights->arena);
     *out = weights;
@@ -91,6 +95,7 @@ ac_weights_unref(ac_weights *weights)
     ac_free(weights->derived);
     ac_arena_deinit(&weights->arena);
     pthread_mutex_destroy(&weights->mutex);
+    pthread_mutex_destroy(&weights->making);
     ac_free(weights);
 }
 
@@ -445,6 +450,18 @@ ac_weights_derived(ac_weights *weights, const char *key, const char *const *sour
 }
 
 void
+ac_weights_make_begin(ac_weights *weights)
+{
+    pthread_mutex_lock(&weights->making);
+}
+
+void
+ac_weights_make_end(ac_weights *weights)
+{
+    pthread_mutex_unlock(&weights->making);
+}
+
+void
 ac_weights_set_release(ac_weights *weights, void (*release)(void *self, void *data), void *self)
 {
     lock(weights);
@@ -475,17 +492,20 @@ ac_weights_derived_at(const ac_weights *weights, int32_t index)
 void
 ac_weights_invalidate(ac_weights *weights, const char *name)
 {
+    ac_weights_make_begin(weights);
     lock(weights);
     if (invalidate_locked(weights, name)) {
         atomic_fetch_add(&weights->generation, 1);
     }
     unlock(weights);
+    ac_weights_make_end(weights);
 }
 
 int32_t
 ac_weights_check(ac_weights *weights)
 {
     int32_t changed = 0;
+    ac_weights_make_begin(weights);
     lock(weights);
     for (int32_t i = 0; i < weights->n_derived; i++) {
         ac_derived *d = weights->derived[i];
@@ -502,6 +522,7 @@ ac_weights_check(ac_weights *weights)
         atomic_fetch_add(&weights->generation, 1);
     }
     unlock(weights);
+    ac_weights_make_end(weights);
     return changed;
 }
 

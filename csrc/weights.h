@@ -62,13 +62,16 @@ typedef struct ac_derived {
     bool valid;                /* false: sources changed, make again */
     int32_t n_sources;
     const char *const *source; /* names of weights */
-    uint64_t checksum;         /* of the sources when made */
+    uint64_t checksum;         /* of the sources just before it was made */
 } ac_derived;
 
 /* Finds or adds the entry for `key`; a new one has data NULL and valid false.  The entry lives as
  * long as the set.  The memory is the weights' from then on: `release(self, data)` frees it. */
 ac_status ac_weights_derived(ac_weights *weights, const char *key, const char *const *source,
                              int32_t n_sources, ac_derived **out);
+/* Around the making of derived weights: one maker at a time, and invalidate and check wait. */
+void ac_weights_make_begin(ac_weights *weights);
+void ac_weights_make_end(ac_weights *weights);
 void ac_weights_set_release(ac_weights *weights, void (*release)(void *self, void *data),
                             void *self);
 /* Each set_release is one user that may be running on derived weights; one leaves, and with the

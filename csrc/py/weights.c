@@ -283,7 +283,9 @@ weights_invalidate(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "|z:invalidate", &name)) {
         return NULL;
     }
+    Py_BEGIN_ALLOW_THREADS /* it waits for who makes derived weights */
     ac_weights_invalidate(of(self), name);
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
