@@ -11,6 +11,12 @@ def texts(value, what, count=None):
     if (not isinstance(found, list | tuple) or not found
             or not all(isinstance(t, str) for t in found)):
         raise InvalidArgument(f"{what}: found {value!r:.100}, expected a string or a list of them")
+    for text in found:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"{what}: found {text!r:.100}, not Unicode: {error.reason} at "
+                                  f"character {error.start}") from error
     if count is not None and len(found) != count:
         raise InvalidArgument(f"{what}: found {len(found)} of them, expected {count}, one for each "
                               "prompt")

@@ -361,11 +361,28 @@ class _Progress:
             stop = bool(self.callback(index, timestep, self.latents))
         if self.on_step_end is not None:
             said = self.on_step_end(self.pipe, index, timestep, {"latents": self.latents})
-            if said and said.get("latents") is not self.latents and "latents" in said:
-                self.latents[...] = to_numpy(said["latents"])
+            self._take(said)
         if self.bar is not None and self.counts[index]:
             self.bar.update()
         return stop
+
+    def _take(self, said):
+        """The latents in what callback_on_step_end returned."""
+        if said is None:
+            return
+        if not isinstance(said, dict):
+            raise InvalidArgument(f"callback_on_step_end: returned {type(said).__name__}, expected "
+                                  "a dict or None")
+        new = said.get("latents", self.latents)
+        if new is self.latents:
+            return
+        what = "callback_on_step_end's latents"
+        if tensor_shape(new, what, 4) != self.latents.shape:
+            raise ShapeError(f"{what}: found {list(new.shape)}, expected "
+                             f"{list(self.latents.shape)}")
+        if array_dtype(new) not in (*FLOATS, "float64"):
+            raise DTypeError(f"{what}: found {array_dtype(new)}, expected float32")
+        self.latents[...] = to_numpy(new)
 
 
 # ---- arguments -----------------------------------------------------------------------------------

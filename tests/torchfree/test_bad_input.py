@@ -257,6 +257,20 @@ def test_pipeline(pipe, name, value):
     assert name in str(error.value) or name == "scheduler" or name == "latents"
 
 
+@pytest.mark.parametrize("value", [5, {"latents": None}, {"latents": "x"},
+                                   {"latents": zeros(1, 1, 1, 1)},
+                                   {"latents": zeros(1, 4, 8, 8, dtype=complex)}])
+def test_what_a_callback_returns(pipe, value):
+    with pytest.raises(accel.AccelError, match="callback_on_step_end"):
+        pipe("a", num_inference_steps=1, progress_bar=False,
+             callback_on_step_end=lambda *_: value)
+
+
+def test_a_prompt_that_is_not_unicode(pipe):
+    with pytest.raises(accel.InvalidArgument, match="prompt"):
+        pipe("a\ud800", num_inference_steps=1, progress_bar=False)
+
+
 def test_pipeline_seed_and_generator(pipe):
     with pytest.raises(accel.InvalidArgument, match="generator"):
         pipe("a", seed=1, generator=accel.Generator(1))

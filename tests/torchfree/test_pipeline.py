@@ -88,6 +88,13 @@ def test_scheduler_by_config(pipe):
     assert np.array_equal(make(pipe, scheduler=config), make(pipe, scheduler="euler"))
 
 
+def test_scheduler_config_with_infinity(pipe):
+    """DPMSolverMultistepScheduler.save_pretrained writes "lambda_min_clipped": -Infinity."""
+    config = {**tiny.SCHEDULER, "_class_name": "DPMSolverMultistepScheduler"}
+    clipped = config | {"lambda_min_clipped": -np.inf}
+    assert np.array_equal(make(pipe, scheduler=clipped), make(pipe, scheduler=config))
+
+
 @pytest.mark.parametrize("size", [(16, 24), (10, 14), (2, 2), (34, 18)])
 def test_any_size(pipe, size):
     assert make(pipe, height=size[0], width=size[1]).shape == (1, *size, 3)
