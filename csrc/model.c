@@ -94,13 +94,13 @@ ac_model_new(const ac_json *config, ac_weights *weights, const char *device,
     m->references = 1;
     pthread_mutex_init(&m->lock, NULL);
     ac_status status = init(m, config, weights, device, passes_off);
+    if (status == AC_OK && weights) {
+        status = ac_weights_set_release(weights, m->device->backend->free, m->device->self);
+        m->joined = status == AC_OK;
+    }
     if (status < 0) {
         ac_model_unref(m);
         return status;
-    }
-    if (weights) {
-        ac_weights_set_release(weights, m->device->backend->free, m->device->self);
-        m->joined = true;
     }
     *out = m;
     return AC_OK;
@@ -423,6 +423,10 @@ ac_model_take(ac_model *m, const ac_build_args *args, uint64_t prompt, ac_exec *
         return ac_error(AC_E_INVALID, "%s: this model has no weights, it can be planned and "
                                       "explained but not run", m->cls->name);
     }
+    if (m->device->backend == &ac_backend_null) {
+        return ac_error(AC_E_INVALID, "%s: the null device computes nothing, this model can be "
+                                      "planned and explained but not run", m->cls->name);
+    }
     pthread_mutex_lock(&m->lock);
     ac_status status = take_locked(m, args, prompt, out);
     pthread_mutex_unlock(&m->lock);
@@ -507,6 +511,42 @@ ac_model_io(ac_model *m, const ac_build_args *args, ac_io **out, int32_t *count)
     return status;
 }
 
+/* Dumps of passes as [{"pass": title, "graph": text}], cut at their titles "== ...". */
+static void
+dumps_json(const char *dumps, ac_text *text)
+{
+    ac_text_printf(text, "{\"passes\":[");
+    for (const char *at = dumps; *at;) {
+        const char *next = strstr(at, "\n== "), *body = strchr(at, '\n');
+        next = next ? next + 1 : at + strlen(at);
+        body = body ? body + 1 : next;
+        ac_text_printf(text, "%s\n{\"pass\":", at == dumps ? "" : ",");
+        ac_text_json_part(text, at + 3, (size_t)AC_MAX(body - at - 4, 0));
+        ac_text_printf(text, ",\"graph\":");
+        ac_text_json_part(text, body, (size_t)(next - body));
+        ac_text_printf(text, "}");
+        at = next;
+    }
+    ac_text_printf(text, "],\n\"plan\":");
+}
+
+static ac_status
+explain_passes(ac_model *m, const ac_build_args *args, bool json, ac_text *text)
+{
+    ac_text dumps = {0};
+    ac_graph *g;
+    ac_status status = build_graph(m, args, json ? &dumps : text, &g);
+    if (status == AC_OK) {
+        ac_graph_free(g);
+    }
+    if (status == AC_OK && json) {
+        dumps_json(dumps.data ? dumps.data : "", text);
+        text->failed = text->failed || dumps.failed;
+    }
+    ac_text_free(&dumps);
+    return status;
+}
+
 ac_status
 ac_model_explain(ac_model *m, const ac_build_args *args, bool json, bool dumps, ac_text *text)
 {
@@ -514,14 +554,11 @@ ac_model_explain(ac_model *m, const ac_build_args *args, bool json, bool dumps, 
     cached_plan *p;
     ac_status status = find_plan(m, args, &p);
     if (status == AC_OK && dumps) {
-        ac_graph *g;
-        status = build_graph(m, &p->args, text, &g);
-        if (status == AC_OK) {
-            ac_graph_free(g);
-        }
+        status = explain_passes(m, &p->args, json, text);
     }
     if (status == AC_OK) {
         ac_plan_explain(p->plan, json, text);
+        ac_text_printf(text, "%s", json && dumps ? "}\n" : "");
     }
     pthread_mutex_unlock(&m->lock);
     return status;

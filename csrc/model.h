@@ -11,7 +11,7 @@
 
 typedef struct ac_model ac_model;
 
-/* `config` is read and not kept.  `passes_off`: "" or names of passes ("merge,phase_upsample").
+/* `config` is read and not kept.  `passes_off`: "" or names of passes ("cse,phase_upsample").
  * Raises what parse and ac_model_check_weights raise.  Refers to the weights.
  * weights NULL: a model without weights, for plans and explain on the null device. */
 ac_status ac_model_new(const ac_json *config, ac_weights *weights, const char *device,
@@ -38,7 +38,8 @@ typedef struct ac_io {
 } ac_io;
 ac_status ac_model_io(ac_model *model, const ac_build_args *args, ac_io **out, int32_t *count);
 
-/* Text or JSON of the plan for this shape, with `dumps` the graph after each pass before it. */
+/* Text or JSON of the plan for this shape, with `dumps` the graph after each pass before it; the
+ * JSON is {"passes": [{"pass", "graph"}], "plan"} then. */
 ac_status ac_model_explain(ac_model *model, const ac_build_args *args, bool json, bool dumps,
                            ac_text *text);
 

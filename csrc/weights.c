@@ -461,14 +461,20 @@ ac_weights_make_end(ac_weights *weights)
     pthread_mutex_unlock(&weights->making);
 }
 
-void
+ac_status
 ac_weights_set_release(ac_weights *weights, void (*release)(void *self, void *data), void *self)
 {
     lock(weights);
-    weights->users++;
-    weights->release = release;
-    weights->release_self = self;
+    bool fits = weights->users == 0 ||
+                (weights->release == release && weights->release_self == self);
+    if (fits) {
+        weights->users++;
+        weights->release = release;
+        weights->release_self = self;
+    }
     unlock(weights);
+    return fits ? AC_OK : ac_error(AC_E_INVALID, "weights: found a model on another device that "
+                                                 "uses them, expected one device; load them anew");
 }
 
 int32_t

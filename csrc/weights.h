@@ -69,14 +69,15 @@ typedef struct ac_derived {
  * long as the set.  The memory is the weights' from then on: `release(self, data)` frees it. */
 ac_status ac_weights_derived(ac_weights *weights, const char *key, const char *const *source,
                              int32_t n_sources, ac_derived **out);
-/* Around the making of derived weights: one maker at a time, and invalidate and check wait. */
-void ac_weights_make_begin(ac_weights *weights);
-void ac_weights_make_end(ac_weights *weights);
-void ac_weights_set_release(ac_weights *weights, void (*release)(void *self, void *data),
-                            void *self);
+/* Fails while users of another device are there: an address is good on one only. */
+ac_status ac_weights_set_release(ac_weights *weights, void (*release)(void *self, void *data),
+                                 void *self);
 /* Each set_release is one user that may be running on derived weights; one leaves, and with the
  * last their memory goes (what releases it goes too). */
 void ac_weights_leave(ac_weights *weights);
+/* Around the making of derived weights: one maker at a time, and invalidate and check wait. */
+void ac_weights_make_begin(ac_weights *weights);
+void ac_weights_make_end(ac_weights *weights);
 int32_t ac_weights_derived_count(const ac_weights *weights);
 const ac_derived *ac_weights_derived_at(const ac_weights *weights, int32_t index);
 /* Marks as invalid what was made from `name` (NULL: everything).  Keeps the memory. */

@@ -275,6 +275,20 @@ def test_the_prompt_section_is_reused_only_for_its_token():
     assert np.array_equal(run(states, 0), plain)
 
 
+def test_one_device_for_a_set_of_weights(sd_folder):
+    weights = _core.Weights()
+    weights.add_folder(sd_folder / "unet", "diffusion_pytorch_model")
+    config = (sd_folder / "unet" / "config.json").read_text()
+    planned = _core.Model(config, weights, "null")
+    with pytest.raises(accel.InvalidArgument, match="another device"):
+        _core.Model(config, weights)
+    args = {"batch": 1, "height": 8, "width": 8, "tokens": 5, "timesteps": 1}
+    with pytest.raises(accel.InvalidArgument, match="computes nothing"):
+        planned.run(args, {}, {})
+    del planned
+    assert _core.Model(config, weights).io(args)
+
+
 def test_plans_and_explain(unet):
     text = unet.explain(height=8, width=8, tokens=5)
     assert "conv_in" in text and "arena" in text
@@ -282,5 +296,8 @@ def test_plans_and_explain(unet):
     assert data
     dumped = unet.explain(passes=True, height=8, width=8, tokens=5)
     assert len(dumped) > len(text)
+    both = json.loads(unet.explain(json=True, passes=True, height=8, width=8, tokens=5))
+    assert both["plan"] == data and both["passes"][-1]["pass"].startswith("fuse_epilogue: ")
+    assert all("conv_in" in p["graph"] for p in both["passes"])
     stats = unet.stats
     assert stats["plans"] >= 1 and stats["arena_bytes"] >= stats["bound_bytes"] > 0
