@@ -163,11 +163,12 @@ def main(argv=None):
         return args.run(args) or 0
     except AccelError as error:
         print(f"accel: {error}", file=sys.stderr)
+    except BrokenPipeError: # the reader, `head` for one, has enough
+        sys.stdout = None   # nothing is left to flush at exit
+        return 0
     except OSError as error:
         print(f"accel: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("accel: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
     return 1
