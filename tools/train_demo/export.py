@@ -48,7 +48,7 @@ def save(session, folder, parts):
     for name in TOKENIZER_FILES:
         shutil.copy(session.folder / "tokenizer" / name, folder / "tokenizer" / name)
     for path in folder.rglob("*.json"):
-        _forget_origin(path)
+        _clean(path)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)  # newer safetensors leave them to their owner alone
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -70,10 +70,19 @@ def _publish_text_names(path):
     save_file(named, path, metadata={"format": "pt"})
 
 
-def _forget_origin(path):
-    """Drop the name of the folder that a configuration was read from."""
+def _clean(path):
+    """Drop the folder a configuration was read from, and ask for fp32 where a type is named.
+
+    transformers obeys "dtype" when the caller names none, diffusers then takes fp32: the encoder
+    alone would be fp16 and the first picture fail.
+    """
     content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+    if not isinstance(content, dict):
+        return
+    changed = content.pop("_name_or_path", None) is not None
+    if content.get("dtype") == "float16":
+        content["dtype"], changed = "float32", True
+    if changed:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
