@@ -115,8 +115,19 @@ def _names(path, count):
     return [path.with_name(f"{path.stem}-{i + 1}{path.suffix}") for i in range(count)]
 
 
+def _check_format(path):
+    """Refuses a name that says no picture format, before minutes of drawing."""
+    from PIL import Image
+
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".jpg", ".jpeg") and suffix not in Image.registered_extensions():
+        raise AccelError(f"--output: found {str(path)!r}, expected a name that ends in a picture "
+                         "format, as .png")
+
+
 def _generate(args):
     start = time.monotonic()
+    _check_format(args.output)
     if args.threads is not None:
         accel.set_num_threads(args.threads)
     shipped = args.model is None

@@ -48,6 +48,7 @@ def test_generate_options(sd_folder, tmp_path):
     (["--guidance", "nan"], "guidance_scale"),
     (["--size", "9x9"], "multiple of 2"),
     (["--threads", "-1"], "threads"),
+    (["-o", "picture.xyz"], "picture.xyz"),
 ])
 def test_a_mistake_is_one_line(sd_folder, tmp_path, args, words):
     model = [] if "--model" in args else ["--model", sd_folder]
