@@ -1,7 +1,6 @@
 """Memory stays flat, threads do not wait for each other, Ctrl-C ends a run."""
 
 import ctypes
-import gc
 import os
 import signal
 import subprocess
