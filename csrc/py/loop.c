@@ -6,7 +6,6 @@
 #include "../denoise.h"
 #include "args.h"
 
-
 /* ---- Cancel ---------------------------------------------------------------------------------- */
 
 typedef struct cancel_object {
@@ -97,21 +96,15 @@ call_back(run *r, int32_t index, double timestep)
     return stop ? 1 : AC_OK;
 }
 
+/* The loop works in the caller's own latents, so the callback sees and may change them there. */
 static ac_status
 on_step(void *arg, int32_t index, double timestep, float *latents)
 {
     run *r = arg;
-    size_t bytes = ac_tensor_bytes(&r->latents.tensor);
-    bool copies = latents != r->latents.tensor.data;
-    if (copies) {
-        memcpy(r->latents.tensor.data, latents, bytes);
-    }
+    (void)latents;
     PyEval_RestoreThread(r->thread);
     ac_status status = call_back(r, index, timestep);
     r->thread = PyEval_SaveThread();
-    if (copies) {
-        memcpy(latents, r->latents.tensor.data, bytes);
-    }
     return status;
 }
 

@@ -216,3 +216,14 @@ ac_plain_copy(ac_lane *lane, const ac_tensor *dst, const ac_tensor *src)
     ac_problem p = {.op = AC_OP_CAST, .n_inputs = 1, .input = &input, .output = *dst};
     ac_plain_over_rows(lane, &p, dst, copy_rows);
 }
+
+void
+ac_plain_permute(ac_lane *lane, const ac_problem *p, const int order[4])
+{
+    ac_tensor view = p->input[0];
+    view.shape = p->output.shape;
+    for (int i = 0; i < 4; i++) {
+        view.stride[i] = p->input[0].stride[order[i]];
+    }
+    ac_plain_copy(lane, &p->output, &view);
+}

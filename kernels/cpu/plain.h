@@ -35,6 +35,8 @@ void ac_plain_over_rows(ac_lane *lane, const ac_problem *p, const ac_tensor *t,
                         ac_plain_rows_fn fn);
 /* Copies src into dst, which have the same shape, converting on the way. */
 void ac_plain_copy(ac_lane *lane, const ac_tensor *dst, const ac_tensor *src);
+/* Copies x, of 4 dimensions, into y with its dimensions in another order: y's i is x's order[i]. */
+void ac_plain_permute(ac_lane *lane, const ac_problem *p, const int order[4]);
 
 bool ac_plain_supports(const ac_problem *p, const ac_caps *caps); /* everything */
 
