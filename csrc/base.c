@@ -270,10 +270,10 @@ ac_text_printf(ac_text *text, const char *format, ...)
 }
 
 void
-ac_text_json_part(ac_text *text, const char *string, size_t length)
+ac_text_json_string(ac_text *text, const char *string)
 {
     ac_text_printf(text, "\"");
-    for (const char *c = string; c < string + length; c++) {
+    for (const char *c = string; *c; c++) {
         if (*c == '"' || *c == '\\') {
             ac_text_printf(text, "\\%c", *c);
         } else if ((unsigned char)*c < 0x20) {
@@ -283,12 +283,6 @@ ac_text_json_part(ac_text *text, const char *string, size_t length)
         }
     }
     ac_text_printf(text, "\"");
-}
-
-void
-ac_text_json_string(ac_text *text, const char *string)
-{
-    ac_text_json_part(text, string, strlen(string));
 }
 
 char *

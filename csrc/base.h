@@ -141,7 +141,6 @@ typedef struct ac_text {
 
 void ac_text_printf(ac_text *text, const char *format, ...) AC_PRINTF(2, 3);
 void ac_text_json_string(ac_text *text, const char *string); /* quoted and escaped */
-void ac_text_json_part(ac_text *text, const char *string, size_t length);
 char *ac_text_take(ac_text *text); /* caller frees with ac_free; NULL: out of memory */
 void ac_text_free(ac_text *text);
 

@@ -81,9 +81,9 @@ step_json(const ac_plan *plan, int32_t s, ac_text *text)
                          "\"output\":", step->flops, step->bytes, step->scratch,
                    step->scratch_offset);
     operand_json(plan, &step->problem.output, step->output, text);
-    ac_text_printf(text, ",\"attr\":\"");
-    ac_op_attr_text(step->problem.op, &step->problem.attr, text);
-    ac_text_printf(text, "\",\"input\":[");
+    ac_text_printf(text, ",\"attr\":");
+    ac_op_attr_json(step->problem.op, &step->problem.attr, text);
+    ac_text_printf(text, ",\"input\":[");
     for (int32_t k = 0; k < step->problem.n_inputs; k++) {
         ac_text_printf(text, k ? "," : "");
         operand_json(plan, &step->problem.input[k], step->input[k], text);

@@ -101,6 +101,11 @@ ac_val ac_graph_find_input(const ac_graph *g, const char *name);  /* AC_NONE: ab
 ac_val ac_graph_find_output(const ac_graph *g, const char *name);
 /* One line a node, with shapes, rates and attributes. */
 void ac_graph_dump(const ac_graph *g, ac_text *text);
+/* The same as JSON.  Values have ids; an absent optional operand is null:
+ *   {"inputs": [{"id", "name", "rate", "dtype", "shape"}], "weights": [the same, those in use],
+ *    "nodes": [{"rate", "op", "node": its name, "output": {"id", "dtype", "shape"}, "attr": {},
+ *               "input": [ids]}], "outputs": [{"id", "name"}]} */
+void ac_graph_json(const ac_graph *g, ac_text *text);
 
 static inline const ac_node *
 ac_producer(const ac_graph *g, ac_val v)

@@ -1,5 +1,5 @@
 /* graph_edit: what passes use to change a graph and to prove it whole: replace, uses, sort, verify,
- * find and dump.  graph.c builds, this file edits. */
+ * find, and dumps as text and JSON.  graph.c builds, this file edits. */
 #include "graph.h"
 
 #include <string.h>
@@ -190,7 +190,7 @@ ac_graph_sort(ac_graph *g)
     return status;
 }
 
-/* ---- verify and dump ------------------------------------------------------------------------- */
+/* ---- verify ---------------------------------------------------------------------------------- */
 
 static ac_status
 verify_node(const ac_graph *g, int32_t at)
@@ -244,6 +244,8 @@ ac_graph_verify(const ac_graph *g)
     return AC_OK;
 }
 
+/* ---- dumps ----------------------------------------------------------------------------------- */
+
 static void
 dump_operand(const ac_graph *g, ac_val v, ac_text *text)
 {
@@ -281,4 +283,82 @@ ac_graph_dump(const ac_graph *g, ac_text *text)
                        ac_shape_text(&value->shape, shape), ac_rate_name(value->rate), node->name,
                        value->output ? " -> " : "", value->output ? value->output : "");
     }
+}
+
+/* "dtype" and "shape" of a value, as the plan's operands have them. */
+static void
+type_json(const ac_value *value, ac_text *text)
+{
+    char shape[AC_SHAPE_TEXT];
+    ac_text_printf(text, "\"dtype\":\"%s\",\"shape\":%s", ac_dtype_name(value->dtype),
+                   ac_shape_text(&value->shape, shape));
+}
+
+/* What comes in from outside: inputs, or those weights that are in use. */
+static void
+sources_json(const ac_graph *g, ac_value_kind kind, const int32_t *uses, ac_text *text)
+{
+    const char *comma = "";
+    for (ac_val v = 0; v < g->n_values; v++) {
+        const ac_value *value = &g->values[v];
+        if (value->kind != kind || (kind == AC_VALUE_WEIGHT && !uses[v])) {
+            continue;
+        }
+        ac_text_printf(text, "%s\n{\"id\":%d,\"name\":", comma, v);
+        ac_text_json_string(text, value->name);
+        ac_text_printf(text, ",\"rate\":\"%s\",", ac_rate_name(value->rate));
+        type_json(value, text);
+        ac_text_printf(text, "}");
+        comma = ",";
+    }
+}
+
+static void
+node_json(const ac_graph *g, const ac_node *node, ac_text *text)
+{
+    const ac_value *value = &g->values[node->output];
+    ac_text_printf(text, "{\"rate\":\"%s\",\"op\":\"%s\",\"node\":", ac_rate_name(value->rate),
+                   ac_op_name(node->op));
+    ac_text_json_string(text, node->name);
+    ac_text_printf(text, ",\"output\":{\"id\":%d,", node->output);
+    type_json(value, text);
+    ac_text_printf(text, "},\"attr\":");
+    ac_op_attr_json(node->op, &node->attr, text);
+    ac_text_printf(text, ",\"input\":[");
+    for (int32_t k = 0; k < node->n_inputs; k++) {
+        ac_text_printf(text, k ? "," : "");
+        ac_text_printf(text, node->input[k] == AC_NONE ? "null" : "%d", node->input[k]);
+    }
+    ac_text_printf(text, "]}");
+}
+
+void
+ac_graph_json(const ac_graph *g, ac_text *text)
+{
+    int32_t *uses = ac_graph_uses(g);
+    if (!uses) {
+        text->failed = true;
+        return;
+    }
+    ac_text_printf(text, "{\"inputs\":[");
+    sources_json(g, AC_VALUE_INPUT, uses, text);
+    ac_text_printf(text, "],\n\"weights\":[");
+    sources_json(g, AC_VALUE_WEIGHT, uses, text);
+    ac_text_printf(text, "],\n\"nodes\":[");
+    for (int32_t i = 0; i < g->n_nodes; i++) {
+        ac_text_printf(text, i ? ",\n" : "\n");
+        node_json(g, &g->nodes[i], text);
+    }
+    ac_text_printf(text, "],\n\"outputs\":[");
+    const char *comma = "";
+    for (ac_val v = 0; v < g->n_values; v++) {
+        if (g->values[v].output) {
+            ac_text_printf(text, "%s{\"id\":%d,\"name\":", comma, v);
+            ac_text_json_string(text, g->values[v].output);
+            ac_text_printf(text, "}");
+            comma = ",";
+        }
+    }
+    ac_text_printf(text, "]}");
+    ac_free(uses);
 }

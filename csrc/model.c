@@ -217,7 +217,7 @@ set_weight_dtypes(const ac_model *m, ac_graph *g)
 }
 
 static ac_status
-build_graph(const ac_model *m, const ac_build_args *args, ac_text *dumps, ac_graph **out)
+build_graph(const ac_model *m, const ac_build_args *args, const ac_dumps *dumps, ac_graph **out)
 {
     ac_graph *g;
     AC_TRY(ac_graph_new(args->compute, &g));
@@ -511,40 +511,15 @@ ac_model_io(ac_model *m, const ac_build_args *args, ac_io **out, int32_t *count)
     return status;
 }
 
-/* Dumps of passes as [{"pass": title, "graph": text}], cut at their titles "== ...". */
-static void
-dumps_json(const char *dumps, ac_text *text)
-{
-    ac_text_printf(text, "{\"passes\":[");
-    for (const char *at = dumps; *at;) {
-        const char *next = strstr(at, "\n== "), *body = strchr(at, '\n');
-        next = next ? next + 1 : at + strlen(at);
-        body = body ? body + 1 : next;
-        ac_text_printf(text, "%s\n{\"pass\":", at == dumps ? "" : ",");
-        ac_text_json_part(text, at + 3, (size_t)AC_MAX(body - at - 4, 0));
-        ac_text_printf(text, ",\"graph\":");
-        ac_text_json_part(text, body, (size_t)(next - body));
-        ac_text_printf(text, "}");
-        at = next;
-    }
-    ac_text_printf(text, "],\n\"plan\":");
-}
-
 static ac_status
 explain_passes(ac_model *m, const ac_build_args *args, bool json, ac_text *text)
 {
-    ac_text dumps = {0};
     ac_graph *g;
-    ac_status status = build_graph(m, args, json ? &dumps : text, &g);
-    if (status == AC_OK) {
-        ac_graph_free(g);
-    }
-    if (status == AC_OK && json) {
-        dumps_json(dumps.data ? dumps.data : "", text);
-        text->failed = text->failed || dumps.failed;
-    }
-    ac_text_free(&dumps);
-    return status;
+    ac_text_printf(text, json ? "{\"passes\":[" : "");
+    AC_TRY(build_graph(m, args, &(ac_dumps){.text = text, .json = json}, &g));
+    ac_graph_free(g);
+    ac_text_printf(text, json ? "],\n\"plan\":" : "");
+    return AC_OK;
 }
 
 ac_status

@@ -39,7 +39,7 @@ typedef struct ac_io {
 ac_status ac_model_io(ac_model *model, const ac_build_args *args, ac_io **out, int32_t *count);
 
 /* Text or JSON of the plan for this shape, with `dumps` the graph after each pass before it; the
- * JSON is {"passes": [{"pass", "graph"}], "plan"} then. */
+ * JSON is {"passes": [{"pass", "why", "graph": as ac_graph_json}], "plan"} then. */
 ac_status ac_model_explain(ac_model *model, const ac_build_args *args, bool json, bool dumps,
                            ac_text *text);
 

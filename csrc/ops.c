@@ -5,6 +5,9 @@
  */
 #include "ops.h"
 
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef struct rule_args {
@@ -499,58 +502,127 @@ ac_op_flops(ac_op op, const ac_attr *attr, const ac_shape *input, int32_t n_inpu
     }
 }
 
+/* ---- attributes ------------------------------------------------------------------------------ */
+
+typedef enum field_kind {
+    FIELD_ACT,
+    FIELD_FLAG,
+    FIELD_I32,
+    FIELD_I64,
+    FIELD_F32,
+    FIELD_PAD
+} field_kind;
+
+typedef struct attr_field {
+    ac_op op;
+    field_kind kind;
+    const char *name;
+    size_t offset; /* in ac_attr; FIELD_PAD: of four int32_t in a row */
+} attr_field;
+
+#define FIELD(OP, kind, name, member) {AC_OP_##OP, FIELD_##kind, name, offsetof(ac_attr, member)}
+
+/* What text and JSON show, an op's fields in order. */
+static const attr_field fields[] = {
+    FIELD(LINEAR, ACT, "act", linear.act),
+    FIELD(LINEAR, FLAG, "gated", linear.gated),
+    FIELD(CONV2D, I32, "stride", conv2d.stride),
+    FIELD(CONV2D, PAD, "pad", conv2d.pad_top),
+    FIELD(CONV2D, ACT, "act", conv2d.act),
+    FIELD(UP_CONV2D, ACT, "act", up_conv2d.act),
+    FIELD(GROUP_NORM, I32, "groups", group_norm.groups),
+    FIELD(GROUP_NORM, F32, "eps", group_norm.eps),
+    FIELD(GROUP_NORM, ACT, "act", group_norm.act),
+    FIELD(LAYER_NORM, F32, "eps", layer_norm.eps),
+    FIELD(ATTENTION, I32, "heads", attention.heads),
+    FIELD(ATTENTION, F32, "scale", attention.scale),
+    FIELD(ATTENTION, FLAG, "causal", attention.causal),
+    FIELD(ACTIVATION, ACT, "act", activation.act),
+    FIELD(GATE, ACT, "act", activation.act),
+    FIELD(SCALE, F32, "scale", scale.scale),
+    FIELD(SCALE, F32, "offset", scale.offset),
+    FIELD(CONCAT, I32, "axis", axis.axis),
+    FIELD(SLICE, I32, "axis", axis.axis),
+    FIELD(SLICE, I64, "start", axis.start),
+    FIELD(TIMESTEP, I32, "channels", timestep.channels),
+    FIELD(TIMESTEP, FLAG, "flip", timestep.flip_sin_to_cos),
+    FIELD(TIMESTEP, F32, "shift", timestep.freq_shift),
+    FIELD(EOS_POOL, I64, "eos", eos_pool.eos_id),
+    FIELD(FILL, F32, "value", fill.value),
+};
+
+/* The shortest decimal that reads back as this float: cache keys need all of it, people less. */
+static void
+float_text(float value, char out[32])
+{
+    for (int digits = 6; digits <= 9; digits++) {
+        snprintf(out, 32, "%.*g", digits, (double)value);
+        if (strtof(out, NULL) == value) {
+            return;
+        }
+    }
+}
+
+static void
+value_text(const attr_field *f, const void *at, bool json, ac_text *text)
+{
+    const int32_t *i32 = at;
+    char number[32];
+    switch (f->kind) {
+    case FIELD_ACT:
+        ac_text_printf(text, json ? "\"%s\"" : "%s", acts[*(const ac_act *)at]);
+        break;
+    case FIELD_FLAG:
+        ac_text_printf(text, *(const bool *)at ? "true" : "false");
+        break;
+    case FIELD_I32:
+        ac_text_printf(text, "%d", *i32);
+        break;
+    case FIELD_I64:
+        ac_text_printf(text, "%lld", (long long)*(const int64_t *)at);
+        break;
+    case FIELD_F32:
+        float_text(*(const float *)at, number);
+        ac_text_printf(text, "%s", json && !isfinite(*(const float *)at) ? "null" : number);
+        break;
+    case FIELD_PAD:
+        ac_text_printf(text, json ? "[%d,%d,%d,%d]" : "%d,%d,%d,%d", i32[0], i32[1], i32[2],
+                       i32[3]);
+        break;
+    }
+}
+
 void
 ac_op_attr_text(ac_op op, const ac_attr *attr, ac_text *text)
 {
-    switch (op) {
-    case AC_OP_LINEAR:
-        ac_text_printf(text, "act=%s%s", acts[attr->linear.act],
-                       attr->linear.gated ? " gated" : "");
-        break;
-    case AC_OP_CONV2D:
-        ac_text_printf(text, "stride=%d pad=%d,%d,%d,%d act=%s", attr->conv2d.stride,
-                       attr->conv2d.pad_top, attr->conv2d.pad_left, attr->conv2d.pad_bottom,
-                       attr->conv2d.pad_right, acts[attr->conv2d.act]);
-        break;
-    case AC_OP_UP_CONV2D:
-        ac_text_printf(text, "act=%s", acts[attr->up_conv2d.act]);
-        break;
-    case AC_OP_GROUP_NORM:
-        ac_text_printf(text, "groups=%d eps=%g act=%s", attr->group_norm.groups,
-                       (double)attr->group_norm.eps, acts[attr->group_norm.act]);
-        break;
-    case AC_OP_LAYER_NORM:
-        ac_text_printf(text, "eps=%g", (double)attr->layer_norm.eps);
-        break;
-    case AC_OP_ATTENTION:
-        ac_text_printf(text, "heads=%d scale=%g%s", attr->attention.heads,
-                       (double)attr->attention.scale, attr->attention.causal ? " causal" : "");
-        break;
-    case AC_OP_ACTIVATION:
-    case AC_OP_GATE:
-        ac_text_printf(text, "act=%s", acts[attr->activation.act]);
-        break;
-    case AC_OP_SCALE:
-        ac_text_printf(text, "scale=%g offset=%g", (double)attr->scale.scale,
-                       (double)attr->scale.offset);
-        break;
-    case AC_OP_CONCAT:
-        ac_text_printf(text, "axis=%d", attr->axis.axis);
-        break;
-    case AC_OP_SLICE:
-        ac_text_printf(text, "axis=%d start=%lld", attr->axis.axis, (long long)attr->axis.start);
-        break;
-    case AC_OP_TIMESTEP:
-        ac_text_printf(text, "channels=%d flip=%d shift=%g", attr->timestep.channels,
-                       attr->timestep.flip_sin_to_cos, (double)attr->timestep.freq_shift);
-        break;
-    case AC_OP_EOS_POOL:
-        ac_text_printf(text, "eos=%lld", (long long)attr->eos_pool.eos_id);
-        break;
-    case AC_OP_FILL:
-        ac_text_printf(text, "value=%.9g", (double)attr->fill.value);
-        break;
-    default:
-        break;
+    const char *space = "";
+    for (size_t i = 0; i < AC_ARRAY_LEN(fields); i++) {
+        const attr_field *f = &fields[i];
+        const void *at = (const char *)attr + f->offset;
+        if (f->op != op || (f->kind == FIELD_FLAG && !*(const bool *)at)) {
+            continue;
+        }
+        ac_text_printf(text, "%s%s", space, f->name);
+        space = " ";
+        if (f->kind != FIELD_FLAG) {
+            ac_text_printf(text, "=");
+            value_text(f, at, false, text);
+        }
     }
+}
+
+void
+ac_op_attr_json(ac_op op, const ac_attr *attr, ac_text *text)
+{
+    const char *comma = "";
+    ac_text_printf(text, "{");
+    for (size_t i = 0; i < AC_ARRAY_LEN(fields); i++) {
+        const attr_field *f = &fields[i];
+        if (f->op == op) {
+            ac_text_printf(text, "%s\"%s\":", comma, f->name);
+            value_text(f, (const char *)attr + f->offset, true, text);
+            comma = ",";
+        }
+    }
+    ac_text_printf(text, "}");
 }

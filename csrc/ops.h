@@ -136,6 +136,8 @@ double ac_op_flops(ac_op op, const ac_attr *attr, const ac_shape *input, int32_t
 
 /* Attributes as text ("stride=2 pad=0,0,1,1 act=silu"), for dumps, cache keys and explain. */
 void ac_op_attr_text(ac_op op, const ac_attr *attr, ac_text *text);
+/* The same by name: {"stride": 2, "pad": [0, 0, 1, 1], "act": "silu"}. */
+void ac_op_attr_json(ac_op op, const ac_attr *attr, ac_text *text);
 
 /* ---- builder functions; graph.h has the graph ---------------------------------------------- */
 

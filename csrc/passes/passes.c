@@ -21,19 +21,30 @@ const ac_pass *const ac_passes[] = {
 _Static_assert(AC_ARRAY_LEN(ac_passes) <= 33, "one bit of a uint32_t a pass");
 
 static void
-dump(const ac_graph *g, const char *title, const char *why, ac_text *dumps)
+dump(const ac_graph *g, const char *pass, const char *why, bool first, const ac_dumps *dumps)
 {
-    if (dumps) {
-        ac_text_printf(dumps, "== %s: %s (%d nodes)\n", title, why, g->n_nodes);
-        ac_graph_dump(g, dumps);
+    if (!dumps) {
+        return;
     }
+    if (!dumps->json) {
+        ac_text_printf(dumps->text, "== %s: %s (%d nodes)\n", pass, why, g->n_nodes);
+        ac_graph_dump(g, dumps->text);
+        return;
+    }
+    ac_text_printf(dumps->text, "%s\n{\"pass\":", first ? "" : ",");
+    ac_text_json_string(dumps->text, pass);
+    ac_text_printf(dumps->text, ",\"why\":");
+    ac_text_json_string(dumps->text, why);
+    ac_text_printf(dumps->text, ",\"graph\":");
+    ac_graph_json(g, dumps->text);
+    ac_text_printf(dumps->text, "}");
 }
 
 ac_status
-ac_passes_run(ac_graph *g, uint32_t off, ac_text *dumps)
+ac_passes_run(ac_graph *g, uint32_t off, const ac_dumps *dumps)
 {
     AC_TRY(ac_graph_sort(g));
-    dump(g, "built", "what the model says", dumps);
+    dump(g, "built", "what the model says", true, dumps);
     for (int32_t i = 0; ac_passes[i]; i++) {
         if (off >> i & 1) {
             continue;
@@ -44,7 +55,7 @@ ac_passes_run(ac_graph *g, uint32_t off, ac_text *dumps)
         if (status < 0) {
             return ac_error_prefix(status, "pass %s", ac_passes[i]->name);
         }
-        dump(g, ac_passes[i]->name, ac_passes[i]->why, dumps);
+        dump(g, ac_passes[i]->name, ac_passes[i]->why, false, dumps);
     }
     return AC_OK;
 }

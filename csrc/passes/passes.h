@@ -21,9 +21,14 @@ typedef struct ac_pass {
 /* In the order they run, NULL at the end; passes.c says why that order. */
 extern const ac_pass *const ac_passes[];
 
-/* Runs the passes whose bit in `off` is 0 (bit i: ac_passes[i]).  With `dumps`, the graph as built
- * and after each pass is appended as text. */
-ac_status ac_passes_run(ac_graph *g, uint32_t off, ac_text *dumps);
+/* Where dumps go: the graph as built and after each pass. */
+typedef struct ac_dumps {
+    ac_text *text; /* appended to */
+    bool json;     /* {"pass", "why", "graph": as ac_graph_json} with commas between, else text */
+} ac_dumps;
+
+/* Runs the passes whose bit in `off` is 0 (bit i: ac_passes[i]).  `dumps` NULL: none. */
+ac_status ac_passes_run(ac_graph *g, uint32_t off, const ac_dumps *dumps);
 
 /* "merge_linears,fuse_norm", "all" or "" (nothing off) to the mask of ac_passes_run; an unknown
  * name is INVALID and lists the known ones.  NULL is "". */

@@ -277,7 +277,8 @@ static PyMethodDef methods[] = {
                "outputs.  An equal token not 0 says that the inputs of rate \"prompt\" and the "
                "weights are those of the earlier run.")},
     {"explain", (PyCFunction)(void (*)(void))model_explain, METH_VARARGS | METH_KEYWORDS,
-     PyDoc_STR("explain(args, json=False, passes=False)\n--\n\nThe plan as text or JSON.")},
+     PyDoc_STR("explain(args, json=False, passes=False)\n--\n\nThe plan as text or JSON; with "
+               "passes the graph as built and after each pass before it.")},
     {"stats", model_stats, METH_NOARGS,
      PyDoc_STR("stats()\n--\n\nRuns, plans, execs and bytes.")},
     {"drop_plans", model_drop_plans, METH_NOARGS,

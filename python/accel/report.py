@@ -92,7 +92,9 @@ def explain(x, *, json=False, passes=False, profile=False, **args):
     json : bool
         JSON text instead of a table.
     passes : bool
-        The graph after each pass before it.
+        The graph as built and after each pass before it.  The JSON is {"passes": [{"pass", "why",
+        "graph"}], "plan"} then; a graph is {"inputs", "weights", "nodes", "outputs"}, whose values
+        have an "id" that nodes name in "input" (None: an absent operand) and "output".
     args
         Sizes: batch, height, width (latent pixels; for the VAE's entry="encode" image pixels),
         tokens, timesteps, entry. What is not given comes from the last call, or from the config.

@@ -97,6 +97,52 @@ published_counts(void)
     }
 }
 
+/* Every id that a dumped graph's nodes read is there before. */
+static void
+check_dumped_graph(const ac_json *graph)
+{
+    static bool known[1 << 14];
+    memset(known, 0, sizeof known);
+    const char *const sources[] = {"inputs", "weights"};
+    for (int i = 0; i < 2; i++) {
+        const ac_json *list = ac_json_get(graph, sources[i]);
+        for (size_t k = 0; k < list->length; k++) {
+            known[ac_json_get(&list->item[k], "id")->integer] = true;
+        }
+    }
+    const ac_json *nodes = ac_json_get(graph, "nodes");
+    CHECK(nodes->length > 10);
+    for (size_t n = 0; n < nodes->length; n++) {
+        const ac_json *node = &nodes->item[n], *input = ac_json_get(node, "input");
+        for (size_t k = 0; k < input->length; k++) {
+            CHECK(input->item[k].kind == AC_JSON_NULL || known[input->item[k].integer]);
+        }
+        CHECK(ac_json_get(node, "attr")->kind == AC_JSON_OBJECT);
+        known[ac_json_get(ac_json_get(node, "output"), "id")->integer] = true;
+    }
+    const ac_json *outputs = ac_json_get(graph, "outputs");
+    CHECK(outputs->length > 0 && known[ac_json_get(&outputs->item[0], "id")->integer]);
+}
+
+/* The JSON of the plan and of the graph after each pass is JSON, and whole. */
+static void
+check_explained(ac_model *planned, const ac_build_args *args)
+{
+    ac_arena arena;
+    ac_text text = {0};
+    const ac_json *json;
+    ac_arena_init(&arena);
+    CHECK_OK(ac_model_explain(planned, args, true, true, &text));
+    CHECK_OK(ac_json_parse(&arena, text.data, text.length, "explain", &json));
+    const ac_json *passes = ac_json_get(json, "passes"), *plan = ac_json_get(json, "plan");
+    CHECK(passes->length == 7 && ac_json_get(plan, "steps")->length > 10);
+    for (size_t i = 0; i < passes->length; i++) {
+        check_dumped_graph(ac_json_get(&passes->item[i], "graph"));
+    }
+    ac_text_free(&text);
+    ac_arena_deinit(&arena);
+}
+
 static void
 plan_one(const char *name, const ac_build_args *args)
 {
@@ -108,6 +154,7 @@ plan_one(const char *name, const ac_build_args *args)
     CHECK_OK(ac_model_explain(planned, args, false, false, &text));
     CHECK(text.length > 1000);
     ac_text_free(&text);
+    check_explained(planned, args);
     ac_model_unref(planned);
     model_free(&m);
 }

@@ -199,7 +199,7 @@ dumps(void)
     ac_text text = {0};
     model_read(&m, "sd15_unet");
     ac_graph *g = build(&m, &unet_loop);
-    CHECK_OK(ac_passes_run(g, 1u << 1, &text));
+    CHECK_OK(ac_passes_run(g, 1u << 1, &(ac_dumps){.text = &text}));
     char *dump = ac_text_take(&text);
     CHECK(dump && strstr(dump, "== built: "));
     for (int32_t i = 0; ac_passes[i]; i++) {
@@ -270,13 +270,13 @@ build_block(ac_graph *g)
 static ac_status
 oom_scenario(void *context)
 {
-    (void)context;
     ac_graph *g;
     ac_text text = {0};
     AC_TRY(ac_graph_new(AC_F32, &g));
     build_block(g);
     ac_status status = ac_graph_status(g);
-    status = status < 0 ? status : ac_passes_run(g, 0, &text);
+    status = status < 0 ? status
+                        : ac_passes_run(g, 0, &(ac_dumps){.text = &text, .json = context != NULL});
     status = status < 0 ? status : ac_cast_weights(g, AC_F16);
     ac_text_free(&text);
     ac_graph_free(g);
@@ -287,6 +287,7 @@ static void
 out_of_memory(void)
 {
     test_oom(oom_scenario, NULL);
+    test_oom(oom_scenario, &(bool){true}); /* dumps as JSON */
 }
 
 TEST_MAIN(TEST(masks), TEST(unets), TEST(vae_and_clip), TEST(every_pass_alone), TEST(dumps),

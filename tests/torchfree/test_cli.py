@@ -92,6 +92,11 @@ def test_explain(sd_folder, part):
         assert "[2, 4, 16, 16]" in text
         more = run("explain", part, "--model", sd_folder, "--passes", "--batch", 1, "--tokens", 9)
         assert len(more.stdout) > 2 * len(text) and "[1, 9, 24]" in more.stdout
+        both = json.loads(run("explain", part, "--model", sd_folder, "--size", "32x32", "--json",
+                              "--passes", "--passes-off", "cse").stdout)
+        assert both["plan"]["steps"] and "cse" not in [p["pass"] for p in both["passes"]]
+        assert {"silu", "none"} <= {n["attr"].get("act") for p in both["passes"]
+                                    for n in p["graph"]["nodes"]}
 
 
 def test_explain_needs_no_weights(sd_folder, tmp_path):
