@@ -37,12 +37,13 @@ typedef struct parser {
     child *stack;
     size_t n_stack, capacity;
     size_t n_values;
+    const char *field; /* key of the innermost object value being read, for errors; or NULL */
     locale_t c_locale;
 } parser;
 
 /* ---- errors --------------------------------------------------------------------------------- */
 
-/* "<what>: line 3, column 9: <problem>"; columns count characters, from 1. */
+/* "<what>: line 3, column 9: <problem> (in "field")"; columns count characters, from 1. */
 static ac_status
 error_at(const parser *p, size_t at, const char *problem)
 {
@@ -55,7 +56,12 @@ error_at(const parser *p, size_t at, const char *problem)
             column++;
         }
     }
-    return ac_error(AC_E_FORMAT, "%s: line %zu, column %zu: %s", p->what, line, column, problem);
+    char field[96] = "";
+    if (p->field) {
+        snprintf(field, sizeof field, " (in \"%.64s\")", p->field);
+    }
+    return ac_error(AC_E_FORMAT, "%s: line %zu, column %zu: %s%s", p->what, line, column, problem,
+                    field);
 }
 
 static ac_status
@@ -450,6 +456,7 @@ static ac_status parse_value(parser *p, int depth, ac_json *out);
 static ac_status
 parse_container(parser *p, int depth, ac_json *out)
 {
+    const char *outer = p->field;
     size_t base = p->n_stack;
     char end = out->kind == AC_JSON_ARRAY ? ']' : '}';
     if (depth > MAX_DEPTH) {
@@ -472,8 +479,10 @@ parse_container(parser *p, int depth, ac_json *out)
                 return expected(p, "':'");
             }
             skip_space(p);
+            p->field = c.key;
         }
         AC_TRY(parse_value(p, depth, &c.value));
+        p->field = outer;
         AC_TRY(push(p, &c));
         skip_space(p);
         if (take(p, end)) {
@@ -526,6 +535,10 @@ parse_value(parser *p, int depth, ac_json *out)
     if (p->at < p->size && take_word(p, "null")) {
         out->kind = AC_JSON_NULL;
         return AC_OK;
+    }
+    if (take_word(p, "NaN")) { /* Python's json writes that, too */
+        p->at -= 3;
+        return error_at(p, p->at, "found NaN, expected a number");
     }
     return expected(p, "a value");
 }

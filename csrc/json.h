@@ -26,7 +26,7 @@ typedef struct ac_json {
 } ac_json;
 
 /* Parses `size` bytes; the tree lives in `arena`.  `what` names the text in errors
- * ("unet/config.json: line 3, column 9: ..."). */
+ * ("unet/config.json: line 3, column 9: ... (in "act_fn")"). */
 ac_status ac_json_parse(ac_arena *arena, const char *text, size_t size, const char *what,
                         const ac_json **out);
 /* Value of a key, NULL when absent or `object` is no object. */

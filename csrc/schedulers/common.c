@@ -71,13 +71,23 @@ ac_sched_get_int(const ac_sched_build *build, const char *field, int64_t fallbac
 }
 
 ac_status
-ac_sched_get_number(const ac_sched_build *build, const char *field, double fallback, double *out)
+ac_sched_get_limit(const ac_sched_build *build, const char *field, double fallback, double *out)
 {
     const ac_json *value = get(build, field);
     if (value && value->kind != AC_JSON_NUMBER) {
         return wrong_kind(build, field, value, "a number");
     }
     *out = value ? value->number : fallback;
+    return AC_OK;
+}
+
+ac_status
+ac_sched_get_number(const ac_sched_build *build, const char *field, double fallback, double *out)
+{
+    AC_TRY(ac_sched_get_limit(build, field, fallback, out));
+    if (!isfinite(*out)) {
+        return ac_sched_error(build, "%s: found %g, expected a finite number", field, *out);
+    }
     return AC_OK;
 }
 
@@ -114,7 +124,7 @@ ac_sched_get_threshold(const ac_sched_build *build, bool *on, double *ratio, dou
 {
     AC_TRY(ac_sched_get_bool(build, "thresholding", false, on));
     AC_TRY(ac_sched_get_number(build, "dynamic_thresholding_ratio", 0.995, ratio));
-    AC_TRY(ac_sched_get_number(build, "sample_max_value", 1.0, max_value));
+    AC_TRY(ac_sched_get_limit(build, "sample_max_value", 1.0, max_value));
     if (*on && !(*ratio >= 0.0 && *ratio <= 1.0)) {
         return ac_sched_error(build, "dynamic_thresholding_ratio: found %g, expected 0 to 1",
                               *ratio);
@@ -193,6 +203,10 @@ trained_betas(ac_sched_build *build, const ac_json *list)
     for (int32_t i = 0; i < build->n_alphas; i++) {
         if (list->item[i].kind != AC_JSON_NUMBER) {
             return wrong_kind(build, "trained_betas", &list->item[i], "a list of numbers");
+        }
+        if (!isfinite(list->item[i].number)) {
+            return ac_sched_error(build, "trained_betas: found %g at %d, expected finite numbers",
+                                  list->item[i].number, i);
         }
         build->alphas[i] = (float)list->item[i].number;
     }

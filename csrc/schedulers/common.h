@@ -69,6 +69,9 @@ ac_status ac_sched_get_int(const ac_sched_build *build, const char *field, int64
                            int64_t low, int64_t high, int64_t *out);
 ac_status ac_sched_get_number(const ac_sched_build *build, const char *field, double fallback,
                               double *out);
+/* The same, and an infinity is taken: no limit. */
+ac_status ac_sched_get_limit(const ac_sched_build *build, const char *field, double fallback,
+                             double *out);
 /* Index in `choices` (NULL at the end). */
 ac_status ac_sched_get_choice(const ac_sched_build *build, const char *field,
                               const char *const *choices, int32_t fallback, int32_t *out);

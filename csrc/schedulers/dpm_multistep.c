@@ -110,7 +110,7 @@ count_usable(const ac_sched_build *build, int32_t *out)
 {
     double least;
     int32_t clipped = 0;
-    AC_TRY(ac_sched_get_number(build, "lambda_min_clipped", -INFINITY, &least));
+    AC_TRY(ac_sched_get_limit(build, "lambda_min_clipped", -INFINITY, &least));
     for (int32_t i = build->n_alphas - 1; i >= 0; i--) {
         double a = build->alphas[i];
         if (0.5 * log(a) - 0.5 * log(1.0 - a) >= least) {

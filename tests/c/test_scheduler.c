@@ -292,6 +292,14 @@ refusals_name_the_field(void)
          AC_E_INVALID},
         {"{\"_class_name\": \"DDIMScheduler\", \"beta_schedule\": 3}", "beta_schedule",
          AC_E_UNSUPPORTED},
+        {"{\"_class_name\": \"DDIMScheduler\", \"beta_start\": -Infinity}",
+         "beta_start: found -inf, expected a finite number", AC_E_UNSUPPORTED},
+        {"{\"_class_name\": \"EulerDiscreteScheduler\", \"sigma_max\": Infinity}",
+         "sigma_max: found inf", AC_E_UNSUPPORTED},
+        {"{\"_class_name\": \"DDIMScheduler\", \"trained_betas\": [0.1, Infinity]}",
+         "trained_betas: found inf at 1", AC_E_UNSUPPORTED},
+        {"{\"_class_name\": \"DDIMScheduler\", \"beta_end\": NaN}",
+         "found NaN, expected a number (in \"beta_end\")", AC_E_FORMAT},
     };
     ac_sched_options options = {.num_inference_steps = 10};
     ac_schedule *schedule = NULL;

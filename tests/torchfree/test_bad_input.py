@@ -283,6 +283,14 @@ def test_sdxl_sizes(sdxl_folder, options):
         accel.Pipeline.from_pretrained(sdxl_folder)("a", num_inference_steps=1, **options)
 
 
+@pytest.mark.parametrize("field", ["beta_start", "beta_end", "clip_sample_range", "trained_betas"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_scheduler_number_that_is_not_finite(pipe, field, value):
+    config = {**tiny.SCHEDULER, field: [0.1, value] if field == "trained_betas" else value}
+    with pytest.raises(accel.AccelError, match=field):
+        pipe("a", num_inference_steps=1, scheduler=config)
+
+
 # ---- the boundary itself -------------------------------------------------------------------------
 
 
