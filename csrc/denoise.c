@@ -16,7 +16,7 @@ typedef struct loop {
     int64_t per_image;    /* channels * height * width */
     float *sample;        /* [batch, c, h, w], what the UNet sees */
     float *output;        /* [batch, c, h, w] */
-    float *noise;         /* [n, c, h, w] */
+    float *noise;         /* [n, c, h, w]; NULL: the caller's */
     float *work;          /* per_image, for thresholding */
     float *registers[AC_SCHED_REGISTERS];
     float *timesteps;     /* [rows] */
@@ -39,7 +39,7 @@ check(const ac_denoise_args *a)
         return ac_error(AC_E_INVALID, "first_row: found %d, expected 0 to %d", a->first_row,
                         a->schedule->n_rows - 1);
     }
-    if (a->n_rng != 1 && a->n_rng != a->images) {
+    if (!a->noise && a->n_rng != 1 && a->n_rng != a->images) {
         return ac_error(AC_E_INVALID, "generator: found %d, expected one, or one for each of the "
                                       "%lld images", a->n_rng, (long long)a->images);
     }
@@ -59,12 +59,12 @@ allocate(loop *l)
     int64_t all = a->images * l->per_image;
     l->sample = floats(l, l->batch * l->per_image);
     l->output = floats(l, l->batch * l->per_image);
-    l->noise = floats(l, all);
+    l->noise = a->noise ? NULL : floats(l, all);
     l->work = floats(l, l->per_image);
     l->timesteps = floats(l, a->schedule->n_rows);
-    bool complete = l->sample && l->output && l->noise && l->work && l->timesteps;
+    bool complete = l->sample && l->output && (a->noise || l->noise) && l->work && l->timesteps;
     for (int i = 0; i < AC_SCHED_REGISTERS; i++) {
-        l->registers[i] = floats(l, all);
+        l->registers[i] = a->registers ? a->registers + i * all : floats(l, all);
         complete = complete && l->registers[i];
     }
     return complete ? AC_OK : ac_no_memory((size_t)all * sizeof(float) * 10);
@@ -165,17 +165,21 @@ guide(loop *l)
     }
 }
 
-static void
+static const float *
 draw_noise(loop *l)
 {
     const ac_denoise_args *a = l->a;
+    if (a->noise) {
+        return a->noise + l->step * a->images * l->per_image;
+    }
     if (a->n_rng == 1) {
         ac_rng_normal(&a->rng[0], l->noise, a->images * l->per_image);
-        return;
+        return l->noise;
     }
     for (int64_t n = 0; n < a->images; n++) {
         ac_rng_normal(&a->rng[n], l->noise + n * l->per_image, l->per_image);
     }
+    return l->noise;
 }
 
 static ac_status
@@ -186,11 +190,8 @@ run_row(loop *l, float *latents)
     fill_sample(l, row, latents);
     AC_TRY(ac_exec_run(l->exec, l->step == a->first_row ? AC_RATE_PROMPT : AC_RATE_STEP));
     guide(l);
-    if (row->draws_noise) {
-        draw_noise(l);
-    }
     ac_sched_apply(row, a->images, l->per_image, latents, l->output,
-                   row->draws_noise ? l->noise : NULL, l->registers, l->work);
+                   row->draws_noise ? draw_noise(l) : NULL, l->registers, l->work);
     return AC_OK;
 }
 

@@ -37,6 +37,12 @@ typedef struct ac_denoise_args {
     double guidance_rescale; /* 0: off (Lin et al. 2023, section 3.4) */
     ac_rng *rng;            /* n of them, or one for all images as PyTorch draws for a batch */
     int32_t n_rng;
+    /* Noise of somebody else's generator: [n_rows, n, c, h, w] f32, row k read when row k runs and
+     * draws_noise, so the callback may fill it row by row.  NULL: drawn from rng. */
+    const float *noise;
+    /* What the sampler remembers: [AC_SCHED_REGISTERS, n, c, h, w] f32, so that another call can go
+     * on at a later first_row, with other conditions or guidance.  NULL: the loop's own. */
+    float *registers;
     ac_step_fn callback;    /* NULL: none */
     void *callback_arg;
     const _Atomic int *cancel; /* not 0: stop with AC_E_CANCELLED; NULL: none */

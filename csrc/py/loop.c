@@ -70,6 +70,7 @@ typedef struct run {
     PyObject *callback;     /* borrowed, or NULL */
     PyThreadState *thread;  /* saved while the loop runs */
     ac_py_view latents;     /* [n, c, h, w] f32, the caller's */
+    ac_py_view noise, registers; /* the caller's, or empty */
     ac_py_dict conditions;
     ac_condition *condition;
     ac_rng *rng;            /* copies: the objects get their states back afterwards */
@@ -127,6 +128,48 @@ take_latents(ac_py_state *state, PyObject *object, run *r)
     r->args.channels = t->shape.dim[1];
     r->args.height = t->shape.dim[2];
     r->args.width = t->shape.dim[3];
+    return 0;
+}
+
+/* f32 memory of [count, n, c, h, w], all of it in one piece; None: none. */
+static int
+take_floats(ac_py_state *state, PyObject *object, const char *what, int64_t count, const run *r,
+            ac_py_view *view)
+{
+    if (object == Py_None) {
+        return 0;
+    }
+    if (ac_py_view_import(state, object, what, view) < 0) {
+        return -1;
+    }
+    ac_shape expected = AC_SHAPE(count, r->args.images, r->args.channels, r->args.height,
+                                 r->args.width);
+    const ac_tensor *t = &view->tensor;
+    if (t->dtype != AC_F32 || !ac_shape_equal(&t->shape, &expected) ||
+        !ac_tensor_is_contiguous(t)) {
+        char found[AC_SHAPE_TEXT], wanted[AC_SHAPE_TEXT];
+        ac_py_error(state, AC_E_SHAPE, "%s: found %s %s, expected contiguous float32 %s", what,
+                    ac_dtype_name(t->dtype), ac_shape_text(&t->shape, found),
+                    ac_shape_text(&expected, wanted));
+        return -1;
+    }
+    return 0;
+}
+
+/* After take_latents, whose shape they share. */
+static int
+take_memory(ac_py_state *state, PyObject *noise, PyObject *registers, run *r)
+{
+    if (take_floats(state, noise, "noise", r->args.schedule->n_rows, r, &r->noise) < 0 ||
+        take_floats(state, registers, "registers", AC_SCHED_REGISTERS, r, &r->registers) < 0) {
+        return -1;
+    }
+    if (r->registers.readonly) {
+        ac_py_error(state, AC_E_INVALID, "registers: found a read-only array");
+        return -1;
+    }
+    r->args.noise = r->noise.tensor.data;
+    r->args.registers = r->registers.tensor.data;
     return 0;
 }
 
@@ -232,6 +275,8 @@ static void
 release(run *r)
 {
     ac_py_view_release(&r->latents);
+    ac_py_view_release(&r->noise);
+    ac_py_view_release(&r->registers);
     ac_py_dict_release(&r->conditions);
     PyMem_Free(r->condition);
     PyMem_Free(r->rng);
@@ -256,15 +301,15 @@ py_denoise(PyObject *module, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"model", "schedule", "latents", "conditions", "rngs",
                             "guidance_scale", "guidance_rescale", "callback", "cancel",
-                            "first_row", NULL};
+                            "first_row", "noise", "registers", NULL};
     PyObject *model, *schedule, *latents, *conditions, *rngs;
-    PyObject *callback = Py_None, *cancel = Py_None;
+    PyObject *callback = Py_None, *cancel = Py_None, *noise = Py_None, *registers = Py_None;
     run r = {.module = module, .args.guidance_scale = 1.0};
     int first_row = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOO|$ddOOi:denoise", names, &model,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOO|$ddOOiOO:denoise", names, &model,
                                      &schedule, &latents, &conditions, &rngs,
                                      &r.args.guidance_scale, &r.args.guidance_rescale, &callback,
-                                     &cancel, &first_row)) {
+                                     &cancel, &first_row, &noise, &registers)) {
         return NULL;
     }
     ac_py_state *state = PyModule_GetState(module);
@@ -277,6 +322,7 @@ py_denoise(PyObject *module, PyObject *args, PyObject *keywords)
     r.args.schedule = ac_py_schedule_of(module, schedule);
     ac_status status = AC_OK;
     bool ready = r.args.schedule && take_latents(state, latents, &r) == 0 &&
+                 take_memory(state, noise, registers, &r) == 0 &&
                  take_conditions(state, conditions, &r) == 0 && take_rngs(module, rngs, &r) == 0 &&
                  take_cancel(state, cancel, &r) == 0 && take_callback(callback, &r) == 0;
     if (ready) {
@@ -296,8 +342,10 @@ py_denoise(PyObject *module, PyObject *args, PyObject *keywords)
 static PyMethodDef functions[] = {
     {"denoise", (PyCFunction)(void (*)(void))py_denoise, METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("denoise(model, schedule, latents, conditions, rngs, *, guidance_scale=1.0, "
-               "guidance_rescale=0.0, callback=None, cancel=None, first_row=0)\n--\n\nRuns the "
-               "loop in place on latents.  callback(index, timestep) returns true to stop.")},
+               "guidance_rescale=0.0, callback=None, cancel=None, first_row=0, noise=None, "
+               "registers=None)\n--\n\nRuns the loop in place on latents.  callback(index, "
+               "timestep) returns true to stop.  noise [rows, n, c, h, w]: instead of rngs.  "
+               "registers [6, n, c, h, w]: what a later call goes on with, at first_row.")},
     {0},
 };
 
