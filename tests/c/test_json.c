@@ -226,7 +226,7 @@ refused_numbers(void)
 {
     check_refused("NaN", "line 1, column 1: found NaN, expected a number");
     check_refused("{\"a\": {\"b\": 1, \"c\": [0, NaN]}}",
-                  "column 23: found NaN, expected a number (in \"c\")");
+                  "column 25: found NaN, expected a number (in \"c\")");
     check_refused("{\"a\": {\"b\": 1}, \"d\": 1e999}", "too large for a double (in \"d\")");
     check_refused("{\"a\": {\"b\": 1} x}", "column 16: found 'x', expected ',' or '}'");
     check_refused("-NaN", "line 1, column 2: found 'N', expected a digit");

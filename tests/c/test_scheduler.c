@@ -294,7 +294,8 @@ refusals_name_the_field(void)
          AC_E_UNSUPPORTED},
         {"{\"_class_name\": \"DDIMScheduler\", \"beta_start\": -Infinity}",
          "beta_start: found -inf, expected a finite number", AC_E_UNSUPPORTED},
-        {"{\"_class_name\": \"EulerDiscreteScheduler\", \"sigma_max\": Infinity}",
+        {"{\"_class_name\": \"EulerDiscreteScheduler\", \"use_karras_sigmas\": true, "
+         "\"sigma_max\": Infinity}",
          "sigma_max: found inf", AC_E_UNSUPPORTED},
         {"{\"_class_name\": \"DDIMScheduler\", \"trained_betas\": [0.1, Infinity]}",
          "trained_betas: found inf at 1", AC_E_UNSUPPORTED},
