@@ -140,14 +140,15 @@ class Pipeline:
                  generator=None, num_images_per_prompt=1, height=None, width=None, scheduler=None,
                  eta=0.0, clip_skip=None, latents=None, callback=None, callback_on_step_end=None,
                  cancel=None, output_type="pil", progress_bar=True, original_size=None,
-                 crops_coords_top_left=(0, 0), target_size=None):
+                 crops_coords_top_left=None, target_size=None):
         """Makes images from a prompt or a list of them.
 
         Parameters
         ----------
         prompt, negative_prompt : str or list of str
-            A list gives num_images_per_prompt images for each.  `prompt_2` and
-            `negative_prompt_2` go to SDXL's second encoder instead.
+            A list gives num_images_per_prompt images for each.
+        prompt_2, negative_prompt_2 : str or list of str
+            For SDXL's second encoder, instead of the first one's.
         num_inference_steps : int
         guidance_scale : float
             7.5 unless told, 5.0 for SDXL.  At most 1 means no guidance.
@@ -178,7 +179,7 @@ class Pipeline:
         output_type : "pil", "np" (float32 [n, h, w, 3] in 0 .. 1) or "latent"
         progress_bar : bool
         original_size, crops_coords_top_left, target_size : (height, width)
-            SDXL's size conditioning.
+            SDXL's size conditioning: the picture's size, (0, 0) and its size unless told.
 
         Returns
         -------
@@ -189,6 +190,10 @@ class Pipeline:
         InvalidArgument, ShapeError, UnsupportedError
             Naming the argument.
         """
+        if not self.is_xl:
+            _refuse(prompt_2=prompt_2, negative_prompt_2=negative_prompt_2,
+                    original_size=original_size, crops_coords_top_left=crops_coords_top_left,
+                    target_size=target_size)
         prompts = texts(prompt, "prompt")
         guidance = self._guidance(guidance_scale)
         if output_type not in ("pil", "np", "latent"):
@@ -203,8 +208,10 @@ class Pipeline:
                                   guidance > 1, clip_skip)
         inputs = self._inputs(conditions, count // len(prompts), guidance > 1)
         if self.is_xl:
-            sizes = [original_size or (height, width), crops_coords_top_left,
-                     target_size or (height, width)]
+            size = (height, width)
+            sizes = [size if original_size is None else original_size,
+                     (0, 0) if crops_coords_top_left is None else crops_coords_top_left,
+                     size if target_size is None else target_size]
             inputs["time_ids"] = _time_ids(sizes, len(inputs["text_embeds"]))
         latents = self._latents(latents, count, height, width, generators, schedule)
         with _Progress(self, schedule, latents, progress_bar, callback,
@@ -250,6 +257,10 @@ class Pipeline:
             return conditions
         if self.is_xl and negative is None and self.config.get("force_zeros_for_empty_prompt",
                                                                True):
+            if negative_2 is not None:
+                raise InvalidArgument(
+                    "negative_prompt_2: found it without a negative_prompt, expected both: this "
+                    "folder's force_zeros_for_empty_prompt leaves both encoders out")
             conditions.negative_states = np.zeros_like(states)
             conditions.negative_pooled = np.zeros_like(pooled)
             return conditions
@@ -386,6 +397,14 @@ class _Progress:
 
 
 # ---- arguments -----------------------------------------------------------------------------------
+
+
+def _refuse(**arguments):
+    """What only SDXL takes, given to another model: nothing is silently ignored."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise InvalidArgument(f"{name}: found {value!r:.100}, expected None: of the models only "
+                                  "SDXL takes it, and this folder is none")
 
 
 def _generators(seed, generator, count):

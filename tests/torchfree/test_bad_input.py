@@ -283,6 +283,27 @@ def test_sdxl_sizes(sdxl_folder, options):
         accel.Pipeline.from_pretrained(sdxl_folder)("a", num_inference_steps=1, **options)
 
 
+@pytest.mark.parametrize("options", [
+    {"prompt_2": "a"}, {"negative_prompt_2": ""}, {"original_size": (8, 8)},
+    {"target_size": [8, 8]}, {"crops_coords_top_left": (0, 0)}])
+def test_what_only_sdxl_takes(pipe, options):
+    with pytest.raises(accel.InvalidArgument, match=f"^{next(iter(options))}: .*SDXL"):
+        pipe("a", num_inference_steps=1, progress_bar=False, **options)
+
+
+def test_a_second_negative_prompt_alone(sdxl_folder):
+    xl = accel.Pipeline.from_pretrained(sdxl_folder)
+    with pytest.raises(accel.InvalidArgument, match="^negative_prompt_2: .*without"):
+        xl("a", num_inference_steps=1, progress_bar=False, negative_prompt_2="b")
+
+
+@pytest.mark.parametrize("options", [{"original_size": 0}, {"target_size": ()},
+                                     {"crops_coords_top_left": []}])
+def test_an_empty_size_is_not_the_default(sdxl_folder, options):
+    with pytest.raises(accel.InvalidArgument, match=next(iter(options))):
+        accel.Pipeline.from_pretrained(sdxl_folder)("a", num_inference_steps=1, **options)
+
+
 @pytest.mark.parametrize("field", ["beta_start", "beta_end", "clip_sample_range", "trained_betas"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_scheduler_number_that_is_not_finite(pipe, field, value):
