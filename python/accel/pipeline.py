@@ -403,14 +403,15 @@ def _refuse(**arguments):
     """What only SDXL takes, given to another model: nothing is silently ignored."""
     for name, value in arguments.items():
         if value is not None:
-            raise InvalidArgument(f"{name}: found {value!r:.100}, expected None: of the models only "
-                                  "SDXL takes it, and this folder is none")
+            raise InvalidArgument(f"{name}: found {value!r:.100}, expected None: only SDXL takes "
+                                  "it, and this folder is of another model")
 
 
 def _generators(seed, generator, count):
     """Generators for `count` images, one or as many, and the seeds they were made of."""
     if seed is not None and generator is not None:
         raise InvalidArgument("seed: found a generator as well, expected one of the two")
+    what = "seed" if generator is None else "generator"
     if generator is not None:
         generators = list(generator) if isinstance(generator, list | tuple) else [generator]
         for g in generators:
@@ -424,7 +425,7 @@ def _generators(seed, generator, count):
         each = list(seeds) if isinstance(seeds, list | tuple) else [seeds]
         generators = [_core.Rng(integer(s, "seed", -2**63, 2**64 - 1)) for s in each]
     if len(generators) not in (1, count):
-        raise InvalidArgument(f"seed: found {len(generators)}, expected one, or one for each of "
+        raise InvalidArgument(f"{what}: found {len(generators)}, expected one, or one for each of "
                               f"{count} images")
     return generators, seeds
 
