@@ -533,6 +533,7 @@ static const attr_field fields[] = {
     FIELD(GROUP_NORM, I32, "groups", group_norm.groups),
     FIELD(GROUP_NORM, F32, "eps", group_norm.eps),
     FIELD(GROUP_NORM, ACT, "act", group_norm.act),
+    FIELD(GROUP_NORM, I32, "exponent", group_norm.exponent),
     FIELD(LAYER_NORM, F32, "eps", layer_norm.eps),
     FIELD(ATTENTION, I32, "heads", attention.heads),
     FIELD(ATTENTION, F32, "scale", attention.scale),

@@ -65,6 +65,7 @@ typedef struct ac_group_norm_attr {
     int32_t groups;
     float eps;
     ac_act act;
+    int32_t exponent; /* the result is times 2^exponent, after act: see passes/rescale.c */
 } ac_group_norm_attr;
 
 typedef struct ac_layer_norm_attr {

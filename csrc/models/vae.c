@@ -21,6 +21,9 @@ typedef struct vae_config {
 } vae_config;
 
 #define VAE_EPS 1e-6f
+/* SDXL's decoder reaches 1e5 and more between its norms, f16 ends at 65504: kept times 2^-5 it has
+ * room to 2e6, and what matters beside such values stays far above f16's denormals. */
+#define F16_STREAM_EXPONENT (-5)
 
 /* ---- config ---------------------------------------------------------------------------------- */
 
@@ -197,6 +200,7 @@ static void
 build(const void *config, const ac_build_args *args, ac_graph *g)
 {
     const vae_config *c = config;
+    g->stream_exponent = args->compute == AC_F16 ? F16_STREAM_EXPONENT : 0;
     if (strcmp(args->entry, "encode") == 0) {
         ac_val x = encoder(g, c, image_input(g, args, "sample", c->in_channels));
         if (c->use_quant_conv) {

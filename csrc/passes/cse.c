@@ -24,7 +24,9 @@ same_attr(ac_op op, const ac_attr *a, const ac_attr *b)
         return a->up_conv2d.act == b->up_conv2d.act;
     case AC_OP_GROUP_NORM:
         return a->group_norm.groups == b->group_norm.groups &&
-               a->group_norm.eps == b->group_norm.eps && a->group_norm.act == b->group_norm.act;
+               a->group_norm.eps == b->group_norm.eps &&
+               a->group_norm.act == b->group_norm.act &&
+               a->group_norm.exponent == b->group_norm.exponent;
     case AC_OP_LAYER_NORM:
         return a->layer_norm.eps == b->layer_norm.eps;
     case AC_OP_ATTENTION:

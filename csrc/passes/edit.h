@@ -51,6 +51,6 @@ void ac_forward_operands(const ac_forward *forward, ac_node *node);
 bool ac_forward_set(ac_graph *g, ac_forward *forward, ac_val from, ac_val to);
 
 extern const ac_pass ac_pass_simplify, ac_pass_cse, ac_pass_merge_linears,
-    ac_pass_phase_upsample, ac_pass_fuse_norm, ac_pass_fuse_epilogue;
+    ac_pass_phase_upsample, ac_pass_fuse_norm, ac_pass_fuse_epilogue, ac_pass_rescale;
 
 #endif

@@ -11,11 +11,12 @@
  *   phase_upsample  before fuse_epilogue, so that the new convolution gets an epilogue too;
  *   fuse_norm       before fuse_epilogue: it makes concats into second operands, and an added time
  *                   embedding belongs to the norm, not to the convolution before it;
- *   fuse_epilogue   last, when all GEMMs and convolutions are there. */
+ *   fuse_epilogue   when all GEMMs and convolutions are there;
+ *   rescale         last: the scale then enters with what group norms write anyway. */
 const ac_pass *const ac_passes[] = {
     &ac_pass_simplify,       &ac_pass_cse,       &ac_pass_merge_linears,
     &ac_pass_phase_upsample, &ac_pass_fuse_norm, &ac_pass_fuse_epilogue,
-    NULL,
+    &ac_pass_rescale,        NULL,
 };
 
 _Static_assert(AC_ARRAY_LEN(ac_passes) <= 33, "one bit of a uint32_t a pass");

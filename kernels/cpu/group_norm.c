@@ -1,4 +1,5 @@
-/* group_norm: y = act((v - mean) / sqrt(variance + eps) gamma + beta), v = [x|x2] + shift[n, c].
+/* group_norm: y = act((v - mean) / sqrt(variance + eps) gamma + beta) 2^exponent,
+ * v = [x|x2] + shift[n, c].
  *
  * Statistics over the pixels and channels of a group.  Plain: a tile is one group of one image;
  * mean first, then the squares of what is left, so a large mean costs no digits.
@@ -64,7 +65,7 @@ tile(void *arg, int64_t index, void *scratch)
         for (int64_t c = 0; c < j->channels; c++) {
             double y = (line[c] - mean) * scale * vector_at(&p->input[AC_GN_GAMMA], c0 + c) +
                        vector_at(&p->input[AC_GN_BETA], c0 + c);
-            line[c] = ac_plain_act(attr->act, y);
+            line[c] = ldexp(ac_plain_act(attr->act, y), attr->exponent);
         }
         int64_t stride = ac_plain_column_stride(out);
         ac_plain_store(line, out, ac_plain_row(out, image * j->pixels + i) + c0 * stride, stride,

@@ -1,4 +1,5 @@
-/* group_norm: y = act((v - mean) / sqrt(variance + eps) gamma + beta), v = [x|x2] + shift[n, c].
+/* group_norm: y = act((v - mean) / sqrt(variance + eps) gamma + beta) 2^exponent,
+ * v = [x|x2] + shift[n, c].
  *
  *     statistics of pieces --scratch--> mean and scale of each group --scratch--> the result
  *
@@ -25,6 +26,7 @@ struct job {
     int32_t pieces;        /* of an image's pixels */
     int64_t piece_pixels;
     float eps;
+    float scale;           /* of the result: 2^exponent */
     ac_act act;
     float3 *parts;         /* [image][group][piece]: count, mean, sum of squares around it */
     float2 *moments;       /* [image][group]: mean, 1 / sqrt(variance + eps) */
@@ -150,7 +152,8 @@ apply_kernel(job g, int32_t width, int64_t run)
     for (int64_t pixel = from + y; pixel < to; pixel += height) {
         float v = load(g, n, pixel, c) + shift;
         v = (v - moment.x) * moment.y * gamma + beta;
-        ac_store(g.y.cells, n * g.y.n + pixel * g.y.pixel + c * g.y.c, ac_act_apply(g.act, v));
+        ac_store(g.y.cells, n * g.y.n + pixel * g.y.pixel + c * g.y.c,
+                 ac_act_apply(g.act, v) * g.scale);
     }
 }
 
@@ -204,6 +207,7 @@ job_of(const ac_problem *p, job *g)
     g->piece_pixels = AC_MAX(ac_ceil_div(g->pixels, 256), 64);
     g->pieces = (int32_t)AC_MAX(ac_ceil_div(g->pixels, g->piece_pixels), 1);
     g->eps = p->attr.group_norm.eps;
+    g->scale = ldexpf(1.0f, p->attr.group_norm.exponent);
     g->act = p->attr.group_norm.act;
     return ac_cuda_float(gamma->dtype) && ac_cuda_float(beta->dtype) &&
            (!shift || ac_cuda_float(shift->dtype)) && g->images <= 65535;

@@ -208,7 +208,8 @@ norm_cases(case_list *list)
                                  AC_SHAPE(c), AC_SHAPE(c),
                                  s[5] ? AC_SHAPE(s[0], s[1], s[2], s[5]) : absent, absent);
             k->attr.group_norm = (ac_group_norm_attr){
-                .groups = s[4], .eps = 1e-5f, .act = variant & 1 ? AC_ACT_SILU : AC_ACT_NONE};
+                .groups = s[4], .eps = 1e-5f, .act = variant & 1 ? AC_ACT_SILU : AC_ACT_NONE,
+                .exponent = i == 0 ? -5 : i == 1 ? 3 : 0};
             if (variant >= 2) {
                 k->shape[AC_GN_SHIFT] = AC_SHAPE(variant == 2 ? 1 : s[0], c);
             }

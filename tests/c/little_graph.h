@@ -101,7 +101,7 @@ little_fill(void *data, const ac_value *value, uint64_t seed)
 
 /* All data of one run; one allocation each, freed together. */
 typedef struct little_memory {
-    void *block[256];
+    void *block[1024];
     int32_t count;
 } little_memory;
 

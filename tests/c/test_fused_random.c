@@ -110,6 +110,7 @@ random_build(ac_graph *g, uint64_t seed)
 {
     random_graph r = {.g = g, .state = seed * UINT64_C(0x9e3779b97f4a7c15) | 1};
     int64_t b = 1 + pick(&r, 2);
+    g->stream_exponent = -4;
     r.t = ac_input(g, "t", AC_F32, AC_SHAPE(3, pick(&r, 2) ? b : 1, 6), AC_RATE_SCHEDULE);
     r.step = ac_input(g, "step", AC_I32, AC_SHAPE(1), AC_RATE_STEP);
     r.text = ac_input(g, "text", AC_F32, AC_SHAPE(b, 3, 5), AC_RATE_PROMPT);

@@ -135,7 +135,7 @@ check_explained(ac_model *planned, const ac_build_args *args)
     CHECK_OK(ac_model_explain(planned, args, true, true, &text));
     CHECK_OK(ac_json_parse(&arena, text.data, text.length, "explain", &json));
     const ac_json *passes = ac_json_get(json, "passes"), *plan = ac_json_get(json, "plan");
-    CHECK(passes->length == 7 && ac_json_get(plan, "steps")->length > 10);
+    CHECK(passes->length == 8 && ac_json_get(plan, "steps")->length > 10);
     for (size_t i = 0; i < passes->length; i++) {
         check_dumped_graph(ac_json_get(&passes->item[i], "graph"));
     }

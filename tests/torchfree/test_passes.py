@@ -8,7 +8,8 @@ import pytest
 
 from accel import _core
 
-PASSES = ("simplify", "cse", "merge_linears", "phase_upsample", "fuse_norm", "fuse_epilogue")
+PASSES = ("simplify", "cse", "merge_linears", "phase_upsample", "fuse_norm", "fuse_epilogue",
+          "rescale")
 PARTS = {
     "unet": ("diffusion_pytorch_model", {"entry": "forward", "batch": 2, "height": 16, "width": 12,
                                              "tokens": 9, "timesteps": 1}),
