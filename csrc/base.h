@@ -24,7 +24,8 @@
     X(MEMORY, -8, "out of memory", "OutOfMemory")                                                  \
     X(DEVICE, -9, "device error", "DeviceError")                                                   \
     X(CANCELLED, -10, "cancelled", "Cancelled")                                                    \
-    X(INTERNAL, -11, "internal error", "InternalError")
+    X(INTERNAL, -11, "internal error", "InternalError")                                            \
+    X(NUMERIC, -12, "numbers that are not finite", "NumericError")
 
 typedef int ac_status;
 

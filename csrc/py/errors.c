@@ -36,6 +36,8 @@ builtin_of(ac_status status)
         return PyExc_OSError;
     case AC_E_MEMORY:
         return PyExc_MemoryError;
+    case AC_E_NUMERIC:
+        return PyExc_ArithmeticError;
     default:
         return PyExc_RuntimeError;
     }

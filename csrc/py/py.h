@@ -19,7 +19,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#define AC_PY_ERRORS 11 /* rows of AC_STATUS_MAP; errors.c checks it */
+#define AC_PY_ERRORS 12 /* rows of AC_STATUS_MAP; errors.c checks it */
 
 typedef struct ac_py_state {
     PyObject *base_error;             /* AccelError */

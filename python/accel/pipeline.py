@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from . import _core, images, schedules
-from ._core import DTypeError, InvalidArgument, ShapeError, UnsupportedError
+from ._core import DTypeError, InvalidArgument, NumericError, ShapeError, UnsupportedError
 from .arguments import integer, number, texts
 from .components import (
     FLOATS,
@@ -189,6 +189,8 @@ class Pipeline:
         ------
         InvalidArgument, ShapeError, UnsupportedError
             Naming the argument.
+        NumericError
+            The model gives NaN or infinity: which network, and at which step.
         """
         if not self.is_xl:
             _refuse(prompt_2=prompt_2, negative_prompt_2=negative_prompt_2,
@@ -293,7 +295,11 @@ class Pipeline:
         if self.is_xl and pooled is None:
             raise UnsupportedError("text_encoder: found no CLIPTextModelWithProjection, which SDXL "
                                    "takes its pooled states from")
-        return np.concatenate([to_numpy(s) for s in all_states], axis=-1), pooled
+        states = np.concatenate([to_numpy(s) for s in all_states], axis=-1)
+        _check_finite(states, "text_encoder", "its states")
+        if pooled is not None:
+            _check_finite(pooled, "text_encoder", "its pooled states")
+        return states, pooled
 
     def _inputs(self, c, repeat, guided):
         """What the UNet gets by name: negative ones first, each prompt's images in a row."""
@@ -319,6 +325,8 @@ class Pipeline:
             if array_dtype(given) not in (*FLOATS, "float64"):
                 raise DTypeError(f"latents: found {array_dtype(given)}, expected float32")
             x = to_numpy(given).astype(np.float32)
+            if not np.isfinite(x).all():
+                raise InvalidArgument("latents: found NaN or infinity, expected finite numbers")
         elif len(generators) == 1:
             x = _normals(generators[0], shape)
         else:
@@ -336,13 +344,18 @@ class Pipeline:
         else:
             latents = latents / np.float32(scaling)
         # one by one: the VAE's activations are the largest of all
-        floats = np.concatenate([images.to_float(self.vae.decode(latents[i:i + 1]))
-                                 for i in range(len(latents))])
+        floats = np.concatenate([self._decode(latents, i) for i in range(len(latents))])
         return images.to_pil(floats) if output_type == "pil" else floats
 
 
+    def _decode(self, latents, index):
+        decoded = to_numpy(self.vae.decode(latents[index:index + 1]))
+        _check_finite(decoded, "vae", f"image {index}")
+        return images.to_float(decoded)
+
+
 class _Progress:
-    """The bar and the callbacks of one run."""
+    """The bar, the callbacks and the look at the latents of one run."""
 
     def __init__(self, pipe, schedule, latents, bar, callback, on_step_end):
         for what, function in (("callback", callback), ("callback_on_step_end", on_step_end)):
@@ -368,14 +381,23 @@ class _Progress:
     def step(self, index, timestep):
         """Called by the engine after row `index`; True stops."""
         stop = False
+        _check_finite(self.latents, "unet", f"the latents after step {index + 1} of "
+                                            f"{len(self.counts)}, timestep {timestep:g}")
         if self.callback is not None:
             stop = bool(self.callback(index, timestep, self.latents))
+            self._check_changes("callback", index)
         if self.on_step_end is not None:
             said = self.on_step_end(self.pipe, index, timestep, {"latents": self.latents})
             self._take(said)
+            self._check_changes("callback_on_step_end", index)
         if self.bar is not None and self.counts[index]:
             self.bar.update()
         return stop
+
+    def _check_changes(self, what, index):
+        if not np.isfinite(self.latents).all():
+            raise InvalidArgument(f"{what}: found NaN or infinity in the latents it left after "
+                                  f"step {index + 1}, expected finite numbers")
 
     def _take(self, said):
         """The latents in what callback_on_step_end returned."""
@@ -428,6 +450,13 @@ def _generators(seed, generator, count):
         raise InvalidArgument(f"{what}: found {len(generators)}, expected one, or one for each of "
                               f"{count} images")
     return generators, seeds
+
+
+def _check_finite(array, network, what):
+    """Every picture is finite or an error: NaN would come out as black."""
+    if not np.isfinite(array).all():
+        raise NumericError(f"{network}: found NaN or infinity in {what}, expected finite numbers; "
+                           "see its weights, or the range of its dtype")
 
 
 def _normals(generator, shape):

@@ -229,7 +229,7 @@ PIPE_CASES = {
     "negative_prompt": [3, ["a", "b"], [None]],
     "num_inference_steps": [0, -1, 1.5, "20", None, 10**9, True, NAN],
     "guidance_scale": [NAN, INF, "strong", [1], 10**400],
-    "guidance_rescale": [NAN, "x", None],
+    "guidance_rescale": [NAN, INF, "x", None],
     "seed": ["x", 1.5, 2**70, [1, 2, 3], [], [None]],
     "generator": [3, "x", [3], [], [accel.Generator(1), accel.Generator(2)]],
     "num_images_per_prompt": [0, -1, 1.5, 10**9, None],
@@ -239,9 +239,9 @@ PIPE_CASES = {
                   {**tiny.SCHEDULER, "beta_start": NAN}, {**tiny.SCHEDULER, "beta_end": "x"},
                   {**tiny.SCHEDULER, "num_train_timesteps": -1},
                   {**tiny.SCHEDULER, "trained_betas": [{}]}, {"_class_name": object()}],
-    "eta": [NAN, -1, "x", None],
+    "eta": [NAN, INF, -1, "x", None],
     "clip_skip": [-1, 4, 99, 1.5, "x"],
-    "latents": [zeros(1, 4, 8, 9), zeros(3), "x", zeros(1, 4, 8, 8, dtype=complex)],
+    "latents": [zeros(1, 4, 8, 8) * NAN, zeros(1, 4, 8, 8) + INF, zeros(1, 4, 8, 9), zeros(3), "x", zeros(1, 4, 8, 8, dtype=complex)],
     "callback": [3], "callback_on_step_end": ["x"], "cancel": [3, "x"],
     "output_type": ["png", None, 3],
 }
@@ -413,6 +413,6 @@ def test_every_error_is_also_a_builtin():
                 accel.FormatError: ValueError, accel.WeightsError: ValueError,
                 accel.FileError: OSError, accel.OutOfMemory: MemoryError,
                 accel.DeviceError: RuntimeError, accel.Cancelled: RuntimeError,
-                accel.InternalError: RuntimeError}
+                accel.InternalError: RuntimeError, accel.NumericError: ArithmeticError}
     for ours, theirs in builtins.items():
         assert issubclass(ours, accel.AccelError) and issubclass(ours, theirs)

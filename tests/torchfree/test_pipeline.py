@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 
 import accel
 
@@ -149,6 +150,37 @@ def test_an_exception_in_a_callback_ends_the_run(pipe, how):
         pipe(PROMPT, num_inference_steps=5, progress_bar=False, **{how: boom})
     assert len(calls) == 1
     make(pipe)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("how", ["callback", "callback_on_step_end", "returned"])
+def test_a_callback_that_breaks_the_latents_is_named(pipe, how, value):
+    def spoil(*args):
+        latents = args[-1]["latents"] if isinstance(args[-1], dict) else args[-1]
+        new = latents.copy() if how == "returned" else latents
+        if args[-3] == 1:
+            new[0, 1, 2, 3] = value
+        return {"latents": new} if isinstance(args[-1], dict) else None
+
+    name = "callback_on_step_end" if how == "returned" else how
+    with pytest.raises(accel.InvalidArgument, match=f"^{name}: found NaN or infinity .* step 2"):
+        pipe(PROMPT, num_inference_steps=5, progress_bar=False, **{name: spoil})
+    make(pipe)
+
+
+@pytest.mark.parametrize(("part", "words"), [
+    ("unet", "^unet: found NaN or infinity in the latents after step 1 of 3, timestep 667"),
+    ("text_encoder", "^text_encoder: found NaN or infinity in its states"),
+    ("vae", "^vae: found NaN or infinity in image 0")])
+def test_no_black_picture(tmp_path, part, words):
+    folder = tiny.write_model(tmp_path / "m", "sd")
+    stem = folder / part / f"{tiny.STEMS[part]}.safetensors"
+    weights = load_file(stem)
+    name = next(n for n in weights if n.endswith("bias") and "encoder.conv" not in n)
+    weights[{"unet": "conv_out.bias", "vae": "decoder.conv_out.bias"}.get(part, name)][0] = np.nan
+    save_file(weights, stem)
+    with pytest.raises(accel.NumericError, match=words):
+        accel.Pipeline.from_pretrained(folder)(PROMPT, num_inference_steps=3, progress_bar=False)
 
 
 def test_cancel(pipe):
