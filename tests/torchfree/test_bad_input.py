@@ -241,7 +241,8 @@ PIPE_CASES = {
                   {**tiny.SCHEDULER, "trained_betas": [{}]}, {"_class_name": object()}],
     "eta": [NAN, INF, -1, "x", None],
     "clip_skip": [-1, 4, 99, 1.5, "x"],
-    "latents": [zeros(1, 4, 8, 8) * NAN, zeros(1, 4, 8, 8) + INF, zeros(1, 4, 8, 9), zeros(3), "x", zeros(1, 4, 8, 8, dtype=complex)],
+    "latents": [zeros(1, 4, 8, 8) * NAN, zeros(1, 4, 8, 8) + INF, zeros(1, 4, 8, 9),
+                zeros(3), "x", zeros(1, 4, 8, 8, dtype=complex)],
     "callback": [3], "callback_on_step_end": ["x"], "cancel": [3, "x"],
     "output_type": ["png", None, 3],
 }
