@@ -50,7 +50,6 @@ typedef struct ac_backend {
     void (*record_free)(void *self, ac_recording *recording);
 
     bool host_memory;   /* device memory is host memory: weights and inputs need no copy */
-    bool float_weights; /* kernels take f32 weights only: others get a derived f32 copy */
 } ac_backend;
 
 /* A backend's lane with the arena that all plans running on it share.  One run at a time. */

@@ -227,7 +227,7 @@ build_graph(const ac_model *m, const ac_build_args *args, const ac_dumps *dumps,
         set_weight_dtypes(m, g);
         status = ac_passes_run(g, m->passes_off, dumps);
     }
-    if (status == AC_OK && m->device->backend->float_weights) {
+    if (status == AC_OK) {
         status = ac_cast_weights(g, args->compute);
     }
     if (status < 0) {

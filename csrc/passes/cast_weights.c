@@ -1,8 +1,9 @@
 /* cast_weights: float weights of another dtype become `dtype`, once, as derived weights.
  *
- * For backends whose kernels read one dtype.  Runs after the passes: a weight that only derived
- * weights are made from (a merged GEMM's parts, phase sums) is read as it is, and the result is
- * made in `dtype` at once, so no converted copy of the parts is ever in memory.
+ * Fast kernels read one dtype: f32 files computed in f16 on a GPU, f16 parameters computed in f32
+ * on a CPU, and modules of mixed dtypes all end here.  Runs after the passes: a weight that only
+ * derived weights are made from (a merged GEMM's parts, phase sums) is read as it is, and the
+ * result is made in `dtype` at once, so no converted copy of the parts is ever in memory.
  */
 #include "edit.h"
 

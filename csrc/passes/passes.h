@@ -34,8 +34,8 @@ ac_status ac_passes_run(ac_graph *g, uint32_t off, const ac_dumps *dumps);
  * name is INVALID and lists the known ones.  NULL is "". */
 ac_status ac_passes_off_from_text(const char *text, uint32_t *off);
 
-/* For backends whose kernels take weights of one dtype: float weights of other dtypes get a
- * LOAD-rate CAST, and derived weights are made in `dtype` at once.  After ac_passes_run. */
+/* Float weights of other dtypes get a LOAD-rate CAST, and derived weights are made in `dtype` at
+ * once, because fast kernels take weights of the dtype they compute in.  After ac_passes_run. */
 ac_status ac_cast_weights(ac_graph *g, ac_dtype dtype);
 
 #endif

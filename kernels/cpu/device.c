@@ -1,7 +1,7 @@
 /* device: the CPU as a backend.  engine -> [device] -> pool, kernels.
  *
  * Device memory is host memory, so weights and inputs are used where they lie; kernels compute in
- * f32 (`float_weights`).  ACCEL_CPU=base|avx2|avx512 forces an instruction set.
+ * f32.  ACCEL_CPU=base|avx2|avx512 forces an instruction set.
  */
 #include "../../csrc/device.h"
 #include "list.h"
@@ -187,5 +187,4 @@ const ac_backend ac_backend_cpu = {
     .copy = cpu_copy,
     .sync = cpu_sync,
     .host_memory = true,
-    .float_weights = true,
 };
