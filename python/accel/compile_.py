@@ -6,10 +6,12 @@ what the module would now, runs it, and otherwise calls the original. Weights ar
 module's parameters, never copied where dtype and layout fit, never changed.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
 import json
+import os
 import sys
 import threading
 import warnings
@@ -20,7 +22,7 @@ from . import _core, threads
 from ._core import DTypeError, InvalidArgument, ShapeError, UnsupportedError, WeightsError
 
 MARK = "_accel"  # instance attribute that holds the Native of a compiled module
-PIPES = weakref.WeakKeyDictionary()  # pipeline -> {component: why it was left alone}
+PIPES = weakref.WeakKeyDictionary()  # pipeline -> torch_pipeline.PipeState
 PROMPTS_KEPT = 4
 # What the engine says to a call that the original may still take, or refuse in its own words.
 REFUSALS = (InvalidArgument, ShapeError, DTypeError, UnsupportedError, WeightsError, BufferError)
@@ -33,6 +35,21 @@ class FallbackWarning(UserWarning):
 
 # ---- one compiled module -------------------------------------------------------------------------
 
+_natives = weakref.WeakSet()
+
+
+def _after_fork():
+    """In the child: a thread that is not there may have held a lock, in the middle of a change."""
+    for native in list(_natives):
+        if native.lock.acquire(blocking=False):
+            native.lock.release()
+        else:
+            native.lock = threading.RLock()
+            native._forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
 
 class Native:
     """The engine's side of one module. All state changes under `lock`; runs do not hold it."""
@@ -43,6 +60,7 @@ class Native:
         self.calls = calls
         self.passes_off = passes_off
         self.lock = threading.RLock()
+        _natives.add(self)
         self.native_runs = 0
         self.fallbacks = Counter()
         self.originals = {m: getattr(type(module), m) for m in calls.methods}
@@ -144,7 +162,7 @@ class Native:
         return copy
 
     def _check_sources(self):
-        """In-place changes, which move neither a pointer nor a version counter."""
+        """In-place changes, which move neither a pointer nor a version counter; how many."""
         changed = self.weights.check()
         for name, (p, copy, checksum) in self.copies.items():
             now = self.raw.checksum((name,))
@@ -155,6 +173,45 @@ class Native:
                 changed += 1
         if changed:
             self.prompts.clear()
+        return changed
+
+    # ---- for the loop of a pipeline --------------------------------------------------------------
+
+    def examine(self, module):
+        """Binds what can be; raises Fallback."""
+        with self.lock:
+            self._follow(module)
+
+    @contextlib.contextmanager
+    def running(self, module):
+        """The engine's model, bound and checked, for as long as a loop runs; raises Fallback."""
+        import torch
+
+        with self.lock:
+            self._follow(module)
+            self._check_sources()
+            self._prompt_weights_changed()
+            model = self.model
+            threads.follow(torch.get_num_threads())
+            self.active += 1
+        try:
+            yield model
+        finally:
+            with self.lock:
+                self.active -= 1
+
+    def touched(self, module, model):
+        """Whether somebody did something to the module since running() gave `model`."""
+        with self.lock:
+            return (self.model is not model or self.watch.changed(module)
+                    or bool(self.watch.elsewhere()) or self._check_sources()
+                    or self._prompt_weights_changed())
+
+    def count(self, rows, args):
+        """A loop ran this many rows."""
+        with self.lock:
+            self.native_runs += rows
+            self.last_args = args
 
     # ---- the prompt section ----------------------------------------------------------------------
 
@@ -168,12 +225,7 @@ class Native:
 
         if not tensors:
             return 0
-        direct = self._prompt_weights()
-        if direct:
-            checksum = self.weights.checksum(direct)
-            if checksum != self.prompt_checksum:
-                self.prompts.clear()
-                self.prompt_checksum = checksum
+        self._prompt_weights_changed()
         for kept, token in self.prompts:
             if len(kept) == len(tensors) and all(
                     a.dtype == b.dtype and torch.equal(a, b)
@@ -183,6 +235,16 @@ class Native:
         self.prompts.append((tuple(t.detach().clone() for t in tensors), token))
         del self.prompts[:-PROMPTS_KEPT]
         return token
+
+    def _prompt_weights_changed(self):
+        """Whether weights that the prompt section reads in place changed."""
+        direct = self._prompt_weights()
+        checksum = self.weights.checksum(direct) if direct else None
+        if checksum == self.prompt_checksum:
+            return False
+        self.prompts.clear()
+        self.prompt_checksum = checksum
+        return True
 
     def _prompt_weights(self):
         """Weights of the prompt section that no derived weight watches over."""
@@ -356,6 +418,11 @@ def _slot(module, method):
     return method
 
 
+def is_in_front(module, method):
+    """Whether a call of the method comes to the engine first, but for accelerate's hook."""
+    return getattr(module.__dict__.get(_slot(module, method)), "_accel", None) is native_of(module)
+
+
 def _check_free(module, method):
     if _slot(module, method) == method and method in module.__dict__:
         raise UnsupportedError(f"compile: the {method} of this {type(module).__name__} is already "
@@ -450,14 +517,17 @@ def compile(x, *, passes_off=""):  # the name is the point
             _attach(x, passes_off)
         return x
     if _is_pipeline(x):
-        left = PIPES[x] = {}
+        from .torch_pipeline import PipeState, install
+
+        state = PIPES[x] = PipeState()
         for name, component in x.components.items():
             if not _is_module(component):
                 continue
             try:
                 compile(component, passes_off=passes_off)
             except UnsupportedError as error:
-                left[name] = str(error)
+                state.left[name] = str(error)
+        install(x)
         return x
     raise UnsupportedError(f"compile: found {type(x).__name__}, expected a module of diffusers or "
                            "transformers, or a diffusers pipeline")
@@ -479,7 +549,10 @@ def decompile(x):
         return x
     for module in _each(x, "decompile").values():
         _detach(module)
-    PIPES.pop(x, None)
+    if PIPES.pop(x, None) is not None:
+        from .torch_pipeline import remove
+
+        remove(x)
     return x
 
 
@@ -509,9 +582,12 @@ def report_compiled(x):
     if "" in modules:
         return _entry(native_of(x))
     entries = {name: _entry(native_of(m)) for name, m in modules.items()}
-    for name, reason in PIPES.get(x, {}).items():
+    state = PIPES.get(x)
+    if state is None:
+        return {"components": entries, "loop": {"native": 0, "stock": {}}}
+    for name, reason in state.left.items():
         entries[name] = {"class": type(x.components[name]).__name__, "skipped": reason}
-    return {"components": entries, "loop": "stock"}
+    return {"components": entries, "loop": state.report()}
 
 
 def explain_compiled(x, *, json=False, passes=False, **args):

@@ -24,7 +24,7 @@ class Report(dict):
         for name, entry in self.get("components", {"": self}).items():
             lines.append(_lines(name, entry))
         if "loop" in self:
-            lines.append(f"loop: {self['loop']}")
+            lines.append(_loop_lines(self["loop"]))
         return "\n".join(lines)
 
 
@@ -37,6 +37,14 @@ def _lines(name, entry):
            f"fallbacks, {entry['plans']} plans, {len(entry['derived'])} derived weights "
            f"({size:.1f} MB)"]
     out += [f"  fell back {n} times: {reason}" for reason, n in entry["fallbacks"].items()]
+    return "\n".join(out)
+
+
+def _loop_lines(loop):
+    if isinstance(loop, str):
+        return f"loop: {loop}"
+    out = [f"loop: {loop['native']} native, {sum(loop['stock'].values())} stock"]
+    out += [f"  stock {n} times: {reason}" for reason, n in loop["stock"].items()]
     return "\n".join(out)
 
 
@@ -70,7 +78,8 @@ def report(x):
     Report
         A dict. For one network: class, native_runs, fallbacks {reason: count}, plans,
         arena_bytes, bound_bytes, keep_bytes, derived (list of dicts with key, bytes, sources),
-        derived_bytes. For a pipeline: "components" {name: such a dict} and "loop".
+        derived_bytes. For a pipeline: "components" {name: such a dict} and "loop": "native" for
+        an accel.Pipeline; for a compiled one {"native": loops, "stock": {reason: loops}}.
     """
     if isinstance(x, Component):
         return Report(entry_of(type(x).__name__, x._model, x._weights))

@@ -223,20 +223,22 @@ class Watch:
             raise Fallback(f"parameters of several dtypes: {self.dtype}, {p.dtype} at {name}")
         self.dtype = p.dtype
 
+    def elsewhere(self):
+        """Indices of parameters that are not where they were bound."""
+        return [i for (i, (_, d, key)), place in zip(enumerate(self.parameters), self.bound,
+                                                     strict=True)
+                if not _is_at(d.get(key), place)]
+
     def moved(self):
         """Indices of parameters that are not where they were bound; updates what it compares with.
 
         Raises Fallback when one of them is no longer something the engine takes.
         """
-        moved = []
-        for i, (name, d, key) in enumerate(self.parameters):
-            p, place = d.get(key), self.bound[i]
-            if (p is place[0] and p.data_ptr() == place[1] and p.dtype is place[2]
-                    and p.shape == place[3] and p.stride() == place[4]):
-                continue
-            if p is None:
+        moved = self.elsewhere()
+        for i in moved:
+            name, d, key = self.parameters[i]
+            if d.get(key) is None:
                 raise Fallback(f"{name} is missing")
-            moved.append(i)
         if moved:
             before, self.dtype = self.dtype, None
             try:
@@ -253,6 +255,11 @@ class Watch:
 
 def _place(p):
     return p, p.data_ptr(), p.dtype, p.shape, p.stride()
+
+
+def _is_at(p, place):
+    return (p is place[0] and p.data_ptr() == place[1] and p.dtype is place[2]
+            and p.shape == place[3] and p.stride() == place[4])
 
 
 def _check_known(name, module):

@@ -84,6 +84,22 @@ def ran(m, native=None, fallbacks=0, reason=None):
         assert any(reason in r for r in fell), fell
 
 
+@contextlib.contextmanager
+def loop_ran(pipe, stock=None):
+    """Asserts that one loop ran inside the block: natively, or as stock for a reason with that
+    text in it."""
+    before = accel.report(pipe)["loop"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", accel.FallbackWarning)
+        yield
+    after = accel.report(pipe)["loop"]
+    fell = {r: n - before["stock"].get(r, 0) for r, n in after["stock"].items()}
+    fell = {r: n for r, n in fell.items() if n}
+    assert after["native"] - before["native"] == (stock is None), fell
+    assert list(fell.values()) == ([] if stock is None else [1]), fell
+    assert stock is None or stock in next(iter(fell)), fell
+
+
 def plain_copy(m):
     return copy.deepcopy(m)
 

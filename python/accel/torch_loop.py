@@ -1,0 +1,299 @@
+"""The denoise loop of a diffusers pipeline, natively.
+
+    torch_pipeline: prompts, first latents -> [loop: _core.denoise, callbacks] -> latents
+
+The engine runs the rows of its own table, which must be what the pipe's scheduler was set to. On a
+GPU one recording serves all steps. Noise comes from PyTorch's generators, row by row, so the same
+seed gives the same picture. The latents are float32 whatever the module's dtype; callbacks get them
+in the dtype of the prompt.
+"""
+
+import warnings
+
+import torch
+
+from . import _core
+from ._core import ShapeError, UnsupportedError
+from .compile_ import PIPES, REFUSALS, FallbackWarning, is_in_front, native_of
+from .torch_watch import Fallback
+
+# ---- what the loop stands on ---------------------------------------------------------------------
+
+
+def native_unet(pipe):
+    """The Native of the pipe's UNet; raises Fallback where calling it would do more than run it."""
+    unet = pipe.unet
+    native = native_of(unet)
+    if native is None:
+        raise Fallback("the UNet is not compiled")
+    if not is_in_front(unet, "forward"):
+        raise Fallback("the forward of the UNet was replaced")
+    if unet._forward_hooks or unet._forward_pre_hooks:
+        raise Fallback("a forward hook on the UNet")
+    hook = unet.__dict__.get("_hf_hook")
+    if hook is not None and type(hook).__name__ != "CpuOffload":
+        raise Fallback(f"a {type(hook).__name__} on the UNet")
+    return native
+
+
+def check_scheduler(scheduler):
+    """Only diffusers' own classes do what their config says."""
+    cls = type(scheduler)
+    if cls.__name__ not in _core.scheduler_classes() or not _is_diffusers(cls):
+        raise Fallback(f"scheduler {cls.__name__}")
+    for name in ("step", "scale_model_input", "set_timesteps"):
+        if name in scheduler.__dict__ or not _is_diffusers(getattr(cls, name)):
+            raise Fallback(f"the scheduler's {name} was replaced")
+
+
+def _is_diffusers(thing):
+    return thing.__module__.startswith("diffusers.")
+
+
+def _near(a, b, tolerance):
+    return len(a) == len(b) and all(abs(x - y) <= tolerance * max(1, abs(y))
+                                    for x, y in zip(a, b, strict=True))
+
+
+def _table(scheduler, steps, eta):
+    """The engine's table for what the scheduler was just set to; raises Fallback."""
+    try:
+        table = _core.Schedule(scheduler.to_json_string(), steps, eta)
+    except (*REFUSALS, ValueError) as error:
+        raise Fallback(f"scheduler: {error}") from None
+    if not _near(table.timesteps, scheduler.timesteps.tolist(), 1e-5):
+        raise Fallback("the scheduler has other timesteps than its config gives")
+    if not _near([table.init_noise_sigma], [float(scheduler.init_noise_sigma)], 1e-5):
+        raise Fallback("the scheduler has another init_noise_sigma than its config gives")
+    return table
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+class Loop:
+    """Rows of the table, in as few runs of the engine as the callbacks leave.
+
+    A callback that changes prompts, guidance or weights ends the run after its row; another run
+    goes on from there with the same latents and the sampler's registers.
+    """
+
+    def __init__(self, task, values):
+        pipe, a = task.pipe, task.a
+        self.task, self.pipe, self.values = task, pipe, values
+        self.scheduler = pipe.scheduler
+        self.times = pipe.scheduler.timesteps
+        extra = pipe.prepare_extra_step_kwargs(a["generator"], a["eta"])
+        self.generator = extra.get("generator")
+        self.table = _table(pipe.scheduler, a["num_inference_steps"], extra.get("eta", 0.0))
+        self.on_step_end = a["callback_on_step_end"]
+        self.shown = a["callback_on_step_end_tensor_inputs"]
+        self.callback, self.callback_steps = a["callback"], a["callback_steps"]
+        self.rows, self.total = task.rows()
+        self.warmup = max(len(self.times) - self.total * self.scheduler.order, 0)
+        given = values.pop("latents")
+        self.dtype = given.dtype
+        self.latents = given.detach().to(torch.float32, copy=True).contiguous()
+        self._make_memory()
+        self.next = 0       # row to run next
+        self.started = False
+
+    def _make_memory(self):
+        noisy = any(row["draws_noise"] for row in self.table.rows)
+        size = (*self.latents.shape,)
+        device = self.latents.device
+        self.noise = torch.empty((len(self.table), *size), device=device) if noisy else None
+        calls = self.on_step_end is not None or self.callback is not None
+        self.registers = torch.zeros((6, *size), device=device) if calls else None
+
+    def run(self):
+        """The latents after the last row, in the dtype they came in."""
+        pipe = self.pipe
+        pipe._num_timesteps = self.rows
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
+        with pipe.progress_bar(total=self.total) as self.bar:
+            if self.rows:
+                self._draw(0)
+            while self.next < self.rows:
+                self._segment()
+        return self.latents.to(self.dtype)
+
+    def _segment(self):
+        """Rows from `next` on, until one that changes what runs."""
+        unet = self.pipe.unet
+        try:
+            native = native_unet(self.pipe)
+            hook = unet.__dict__.get("_hf_hook")
+            if hook is not None:
+                hook.pre_forward(unet)
+            with native.running(unet) as model:
+                self._denoise(native, model)
+        except Fallback as reason:
+            if not self.started:
+                raise
+            self._rest_by_module(str(reason))
+
+    def _denoise(self, native, model):
+        first = self.next
+        self.guidance = self._guidance()
+        conditions = self._conditions(native)
+        self.seen = self._marks()
+        options = {}
+        if self.latents.is_cuda:
+            options["stream"] = torch.cuda.current_stream(self.latents.device).cuda_stream
+
+        def step(row, timestep):
+            return self._step(row, native, model)
+
+        try:
+            _core.denoise(model, self.table, self.latents, conditions, [_core.Rng(0)],
+                          guidance_scale=self.guidance[0], guidance_rescale=self.guidance[1],
+                          callback=step, first_row=first, noise=self.noise,
+                          registers=self.registers, **options)
+        except REFUSALS as error:
+            if self.started:
+                raise
+            raise Fallback(f"{type(error).__name__}: {error}") from None
+        finally:
+            native.count(self.next - first, {
+                "entry": "forward", "batch": len(conditions["encoder_hidden_states"]),
+                "height": self.latents.shape[2], "width": self.latents.shape[3],
+                "tokens": conditions["encoder_hidden_states"].shape[1],
+                "timesteps": len(self.table), "loop": True,
+                "time_ids": conditions["time_ids"].shape[1] if "time_ids" in conditions else 0})
+
+    def _guidance(self):
+        """Scale and rescale as the engine takes them, 1 for none."""
+        pipe = self.pipe
+        guided = pipe.do_classifier_free_guidance
+        return (float(pipe.guidance_scale) if guided else 1.0,
+                max(float(pipe.guidance_rescale), 0.0) if guided else 0.0)
+
+    def _conditions(self, native):
+        """Tensors for the engine: dense, and float32 on the CPU."""
+        wanted = torch.float32 if self.latents.device.type == "cpu" else native.watch.dtype
+        found = {n: t.detach().to(wanted).contiguous()
+                 for n, t in self.task.conditions(self.values).items()}
+        batch = len(self.latents) * (2 if self.guidance[0] > 1 else 1)
+        for name, tensor in found.items():
+            if len(tensor) != batch:
+                message = f"{name}: found {len(tensor)} rows for {batch} samples"
+                raise ShapeError(message) if self.started else Fallback(message)
+        return found
+
+    # ---- between the rows ------------------------------------------------------------------------
+
+    def _draw(self, row):
+        """The noise of a row, from PyTorch's generators, as the stock scheduler draws it."""
+        if row >= self.rows or not self.table.rows[row]["draws_noise"]:
+            return
+        from diffusers.utils.torch_utils import randn_tensor
+
+        dtype = torch.float32 if self.table.noise_f32 else self.dtype
+        self.noise[row] = randn_tensor(self.latents.shape, generator=self.generator,
+                                       device=self.latents.device, dtype=dtype)
+
+    def _after(self, row):
+        """Callbacks and the bar after a row; True when a callback was called."""
+        self.started, self.next = True, row + 1
+        if hasattr(self.scheduler, "_step_index"):
+            self.scheduler._step_index = row + 1
+        called = self.on_step_end is not None
+        if called:
+            self._call_on_step_end(row)
+        order = self.scheduler.order
+        if row == self.rows - 1 or (row + 1 > self.warmup and (row + 1) % order == 0):
+            self.bar.update()
+            if self.callback is not None and row % self.callback_steps == 0:
+                shown = self._show()
+                self.callback(row // order, self.times[row], shown)
+                self._take(shown)
+                called = True
+        if self.pipe.interrupt:
+            self.next = self.rows
+        else:
+            self._draw(row + 1)
+        return called
+
+    def _step(self, row, native, model):
+        """Called by the engine after row `row`; True ends the run."""
+        called = self._after(row)
+        if self.next >= self.rows:
+            return True
+        return called and self._changed(native, model)
+
+    def _show(self):
+        return self.latents.to(self.dtype, copy=True)
+
+    def _take(self, new):
+        """Latents that a callback had in its hands."""
+        if new.shape != self.latents.shape:
+            raise ShapeError(f"callback_on_step_end's latents: found {list(new.shape)}, expected "
+                             f"{list(self.latents.shape)}")
+        if new.dtype != self.dtype or not torch.equal(new, self.latents.to(self.dtype)):
+            self.latents.copy_(new)
+
+    def _call_on_step_end(self, row):
+        shown = self._show()
+        all_values = self.values | {"latents": shown}
+        said = self.on_step_end(self.pipe, row, self.times[row],
+                                {name: all_values[name] for name in self.shown})
+        self._take(said.pop("latents", shown))
+        for name in self.values:
+            self.values[name] = said.pop(name, self.values[name])
+
+    def _marks(self):
+        """Tells later whether a condition is another tensor or holds other values."""
+        return [(t, t.clone() if t.is_inference() else t._version)
+                for t in self.task.conditions(self.values).values()]
+
+    def _changed(self, native, model):
+        """Whether a callback changed what the engine's run was started with."""
+        pipe = self.pipe
+        if pipe.scheduler is not self.scheduler:
+            raise UnsupportedError("callback_on_step_end: the scheduler was replaced in the middle "
+                                   "of a run")
+        if self._guidance() != self.guidance or native_of(pipe.unet) is not native:
+            return True
+        now = self.task.conditions(self.values).values()
+        for (before, mark), tensor in zip(self.seen, now, strict=True):
+            same = tensor is before and (torch.equal(tensor, mark) if tensor.is_inference()
+                                         else tensor._version == mark)
+            if not same:
+                return True
+        return native.touched(pipe.unet, model)
+
+    # ---- when the engine may not go on -----------------------------------------------------------
+
+    def _rest_by_module(self, why):
+        """A callback made of the UNet what the engine does not run: its own forward does the rest,
+        row by row, with the same table."""
+        state = PIPES[self.pipe]
+        why = f"from row {self.next} on: {why}"
+        with state.lock:
+            state.stock_loops[why] += 1
+        warnings.warn(f"accel: {type(self.pipe).__name__} calls its UNet, {why}", FallbackWarning,
+                      stacklevel=2)
+        while self.next < self.rows:
+            self._row_by_module(self.next)
+            self._after(self.next)
+
+    def _row_by_module(self, row):
+        scale, rescale = self._guidance()
+        x = self.latents * self.table.rows[row]["scale_in"]
+        x = (torch.cat([x, x]) if scale > 1 else x).to(self.dtype)
+        states = self.task.conditions(self.values)["encoder_hidden_states"]
+        e = self.pipe.unet(x, self.times[row], encoder_hidden_states=states, return_dict=False,
+                           added_cond_kwargs=self.task.added(self.values))[0].float()
+        if scale > 1:
+            negative, positive = e.chunk(2)
+            e = negative + scale * (positive - negative)
+            if rescale > 0:
+                e = self.task.module.rescale_noise_cfg(e, positive, guidance_rescale=rescale)
+        host = {n: None if t is None else t.cpu().contiguous() for n, t in
+                {"x": self.latents, "e": e, "registers": self.registers,
+                 "noise": None if self.noise is None else self.noise[row]}.items()}
+        self.table.apply(row, host["x"], host["e"], host["noise"], list(host["registers"]))
+        self.latents.copy_(host["x"])
+        self.registers.copy_(host["registers"])
