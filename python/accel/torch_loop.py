@@ -291,9 +291,9 @@ class Loop:
             e = negative + scale * (positive - negative)
             if rescale > 0:
                 e = self.task.module.rescale_noise_cfg(e, positive, guidance_rescale=rescale)
-        host = {n: None if t is None else t.cpu().contiguous() for n, t in
-                {"x": self.latents, "e": e, "registers": self.registers,
-                 "noise": None if self.noise is None else self.noise[row]}.items()}
-        self.table.apply(row, host["x"], host["e"], host["noise"], list(host["registers"]))
-        self.latents.copy_(host["x"])
-        self.registers.copy_(host["registers"])
+        noise = None if self.noise is None else self.noise[row]
+        x, e, noise, registers = (None if t is None else t.cpu().contiguous().numpy()
+                                  for t in (self.latents, e, noise, self.registers))
+        self.table.apply(row, x, e, noise, list(registers))
+        self.latents.copy_(torch.from_numpy(x))
+        self.registers.copy_(torch.from_numpy(registers))

@@ -80,7 +80,8 @@ def call(pipe, stock, args, kwargs):
     """The native loop where it can, else the stock one."""
     state = PIPES.setdefault(pipe, PipeState())
     try:
-        result = _task(pipe, stock, args, kwargs).run()
+        with torch.no_grad():
+            result = _task(pipe, stock, args, kwargs).run()
     except Fallback as reason:
         why = str(reason)
     else:
@@ -225,10 +226,8 @@ class StableDiffusion:
         values = self._encode()
         pipe.scheduler.set_timesteps(a["num_inference_steps"], device=self.device)
         values["latents"] = self._latents(values["prompt_embeds"].dtype)
-        loop = Loop(self, values)
         try:
-            with torch.no_grad():
-                latents = loop.run()
+            latents = Loop(self, values).run()
         except Fallback:
             drawn.undo()
             raise
