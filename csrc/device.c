@@ -4,8 +4,8 @@
 #include "device.h"
 
 #include "backend_cuda.h"
+#include "lock.h"
 
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -100,21 +100,21 @@ ac_device_open(const char *name, ac_device **out)
 {
     const ac_backend *backend;
     int32_t index;
-    pthread_mutex_lock(&lock);
+    ac_lock(&lock);
     ac_status status = parse_name(name, &backend, &index);
     if (status == AC_OK) {
         status = open_locked(backend, index, out);
     }
-    pthread_mutex_unlock(&lock);
+    ac_unlock(&lock);
     return status;
 }
 
 ac_device *
 ac_device_ref(ac_device *device)
 {
-    pthread_mutex_lock(&lock);
+    ac_lock(&lock);
     device->references++;
-    pthread_mutex_unlock(&lock);
+    ac_unlock(&lock);
     return device;
 }
 
@@ -134,14 +134,14 @@ ac_device_unref(ac_device *device)
     if (!device) {
         return;
     }
-    pthread_mutex_lock(&lock);
+    ac_lock(&lock);
     bool last = --device->references == 0;
     for (size_t i = 0; last && i < AC_ARRAY_LEN(opened); i++) {
         if (opened[i] == device) {
             opened[i] = NULL;
         }
     }
-    pthread_mutex_unlock(&lock);
+    ac_unlock(&lock);
     if (!last) {
         return;
     }
@@ -178,7 +178,7 @@ new_lane(ac_device *device, ac_device_lane **out)
 ac_status
 ac_device_lane_take(ac_device *device, ac_device_lane *preferred, ac_device_lane **out)
 {
-    pthread_mutex_lock(&lock);
+    ac_lock(&lock);
     ac_device_lane *found = preferred && !preferred->busy ? preferred : NULL;
     for (ac_device_lane *lane = device->lanes; lane && !found; lane = lane->next) {
         found = lane->busy ? NULL : lane;
@@ -190,7 +190,7 @@ ac_device_lane_take(ac_device *device, ac_device_lane *preferred, ac_device_lane
     } else {
         status = new_lane(device, out);
     }
-    pthread_mutex_unlock(&lock);
+    ac_unlock(&lock);
     return status;
 }
 
@@ -198,9 +198,9 @@ void
 ac_device_lane_give(ac_device *device, ac_device_lane *lane)
 {
     (void)device;
-    pthread_mutex_lock(&lock);
+    ac_lock(&lock);
     lane->busy = false;
-    pthread_mutex_unlock(&lock);
+    ac_unlock(&lock);
 }
 
 ac_status

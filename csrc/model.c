@@ -4,9 +4,9 @@
  */
 #include "model.h"
 
+#include "lock.h"
 #include "passes/passes.h"
 
-#include <pthread.h>
 #include <string.h>
 #include <time.h>
 
@@ -109,9 +109,9 @@ ac_model_new(const ac_json *config, ac_weights *weights, const char *device,
 ac_model *
 ac_model_ref(ac_model *m)
 {
-    pthread_mutex_lock(&m->lock);
+    ac_lock(&m->lock);
     m->references++;
-    pthread_mutex_unlock(&m->lock);
+    ac_unlock(&m->lock);
     return m;
 }
 
@@ -132,9 +132,9 @@ ac_model_unref(ac_model *m)
     if (!m) {
         return;
     }
-    pthread_mutex_lock(&m->lock);
+    ac_lock(&m->lock);
     bool last = --m->references == 0;
-    pthread_mutex_unlock(&m->lock);
+    ac_unlock(&m->lock);
     if (!last) {
         return;
     }
@@ -427,9 +427,9 @@ ac_model_take(ac_model *m, const ac_build_args *args, uint64_t prompt, ac_exec *
         return ac_error(AC_E_INVALID, "%s: the null device computes nothing, this model can be "
                                       "planned and explained but not run", m->cls->name);
     }
-    pthread_mutex_lock(&m->lock);
+    ac_lock(&m->lock);
     ac_status status = take_locked(m, args, prompt, out);
-    pthread_mutex_unlock(&m->lock);
+    ac_unlock(&m->lock);
     return status;
 }
 
@@ -454,7 +454,7 @@ void
 ac_model_give(ac_model *m, ac_exec *exec)
 {
     ac_exec_unbind(exec);
-    pthread_mutex_lock(&m->lock);
+    ac_lock(&m->lock);
     m->runs++;
     for (int32_t i = 0; i < m->n_plans; i++) {
         if (give_to(m->plans[i], exec)) {
@@ -464,15 +464,15 @@ ac_model_give(ac_model *m, ac_exec *exec)
             break;
         }
     }
-    pthread_mutex_unlock(&m->lock);
+    ac_unlock(&m->lock);
 }
 
 void
 ac_model_drop_plans(ac_model *m)
 {
-    pthread_mutex_lock(&m->lock);
+    ac_lock(&m->lock);
     drop_idle(m);
-    pthread_mutex_unlock(&m->lock);
+    ac_unlock(&m->lock);
 }
 
 /* ---- looking in ------------------------------------------------------------------------------ */
@@ -501,13 +501,13 @@ list_io(const ac_graph *g, ac_io **out, int32_t *count)
 ac_status
 ac_model_io(ac_model *m, const ac_build_args *args, ac_io **out, int32_t *count)
 {
-    pthread_mutex_lock(&m->lock);
+    ac_lock(&m->lock);
     cached_plan *p;
     ac_status status = find_plan(m, args, &p);
     if (status == AC_OK) {
         status = list_io(p->plan->graph, out, count);
     }
-    pthread_mutex_unlock(&m->lock);
+    ac_unlock(&m->lock);
     return status;
 }
 
@@ -525,7 +525,7 @@ explain_passes(ac_model *m, const ac_build_args *args, bool json, ac_text *text)
 ac_status
 ac_model_explain(ac_model *m, const ac_build_args *args, bool json, bool dumps, ac_text *text)
 {
-    pthread_mutex_lock(&m->lock);
+    ac_lock(&m->lock);
     cached_plan *p;
     ac_status status = find_plan(m, args, &p);
     if (status == AC_OK && dumps) {
@@ -535,14 +535,14 @@ ac_model_explain(ac_model *m, const ac_build_args *args, bool json, bool dumps, 
         ac_plan_explain(p->plan, json, text);
         ac_text_printf(text, "%s", json && dumps ? "}\n" : "");
     }
-    pthread_mutex_unlock(&m->lock);
+    ac_unlock(&m->lock);
     return status;
 }
 
 void
 ac_model_get_stats(ac_model *m, ac_model_stats *out)
 {
-    pthread_mutex_lock(&m->lock);
+    ac_lock(&m->lock);
     *out = (ac_model_stats){.runs = m->runs, .plans = m->n_plans, .plan_ms = m->plan_ms};
     for (int32_t i = 0; i < m->n_plans; i++) {
         const cached_plan *p = m->plans[i];
@@ -553,5 +553,5 @@ ac_model_get_stats(ac_model *m, ac_model_stats *out)
             out->bound_bytes = p->plan->bound_bytes;
         }
     }
-    pthread_mutex_unlock(&m->lock);
+    ac_unlock(&m->lock);
 }

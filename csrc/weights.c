@@ -9,7 +9,8 @@
  */
 #include "weights.h"
 
-#include <pthread.h>
+#include "lock.h"
+
 #include <stdatomic.h>
 #include <string.h>
 
@@ -43,13 +44,13 @@ struct ac_weights {
 static void
 lock(const ac_weights *weights)
 {
-    pthread_mutex_lock(&((ac_weights *)weights)->mutex);
+    ac_lock(&((ac_weights *)weights)->mutex);
 }
 
 static void
 unlock(const ac_weights *weights)
 {
-    pthread_mutex_unlock(&((ac_weights *)weights)->mutex);
+    ac_unlock(&((ac_weights *)weights)->mutex);
 }
 
 /* ---- life ----------------------------------------------------------------------------------- */
@@ -452,13 +453,13 @@ ac_weights_derived(ac_weights *weights, const char *key, const char *const *sour
 void
 ac_weights_make_begin(ac_weights *weights)
 {
-    pthread_mutex_lock(&weights->making);
+    ac_lock(&weights->making);
 }
 
 void
 ac_weights_make_end(ac_weights *weights)
 {
-    pthread_mutex_unlock(&weights->making);
+    ac_unlock(&weights->making);
 }
 
 ac_status

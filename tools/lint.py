@@ -28,7 +28,7 @@ MAX_FUNCTION_LINES = 75
 
 # Bottom to top; a file includes its own layer and those below.  Stems in csrc/, or "folder/".
 LAYERS = [
-    ("base", ["base", "tensor"]),
+    ("base", ["base", "lock", "tensor"]),
     ("graph", ["ops", "graph", "graph_edit", "json", "safetensors", "weights", "weights_files"]),
     ("models, passes", ["models/", "passes/"]),
     (

@@ -1,15 +1,17 @@
 /* weights: the Weights object, named tensors that others own.
  *
  * Bindings must not move while a run or a checksum reads them without the GIL: `busy` counts those,
- * and what would move a binding raises meanwhile.  The count changes only with the GIL held.
+ * and what would move a binding raises meanwhile.  The count changes only with the GIL held, and
+ * begins anew in a child of fork, where those runs do not go on.
  */
+#include "../lock.h"
 #include "py.h"
-
 
 typedef struct weights_object {
     PyObject_HEAD
     ac_weights *weights;
     int busy;
+    uint32_t generation; /* of forks, when `busy` was counted */
 } weights_object;
 
 static ac_weights *
@@ -29,11 +31,23 @@ ac_py_weights_of(ac_py_state *state, PyObject *object, ac_weights **out)
     return 0;
 }
 
+static int *
+busy_of(PyObject *self)
+{
+    weights_object *w = (weights_object *)self;
+    if (w->generation != ac_fork_generation()) {
+        w->generation = ac_fork_generation();
+        w->busy = 0;
+    }
+    return &w->busy;
+}
+
 void
 ac_py_weights_busy(PyObject *weights, int by)
 {
     if (weights) {
-        ((weights_object *)weights)->busy += by;
+        int *busy = busy_of(weights);
+        *busy = AC_MAX(*busy + by, 0); /* a run whose callback forked ends twice */
     }
 }
 
@@ -41,7 +55,7 @@ ac_py_weights_busy(PyObject *weights, int by)
 static int
 check_idle(PyObject *self)
 {
-    if (((weights_object *)self)->busy) {
+    if (*busy_of(self)) {
         ac_py_error(ac_py_state_of(self), AC_E_INVALID, "weights: a run is using them; change them "
                                                         "when it is over");
         return -1;

@@ -1,7 +1,13 @@
 /* life: config, weights, schedule, two steps of a small UNet on the CPU and the end of it all, with
- * each allocation failing in turn; runs are repeatable and see weights that change in place. */
+ * each allocation failing in turn; runs are repeatable and see weights that change in place, also
+ * several at once and in a child of fork.  `make tsan` runs it under the thread sanitizer. */
 #include "../../csrc/denoise.h"
 #include "test.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 static const char config_text[] =
     "{\"_class_name\":\"UNet2DConditionModel\",\"block_out_channels\":[8,16],"
@@ -63,7 +69,7 @@ make_weights(life *l, const ac_json *config)
 static ac_status
 denoise(life *l)
 {
-    static float states[2 * TOKENS * 8];
+    float states[2 * TOKENS * 8];
     uint64_t random = 9;
     for (size_t i = 0; i < AC_ARRAY_LEN(states); i++) {
         states[i] = (float)test_uniform(&random, -1, 1);
@@ -174,6 +180,146 @@ memory_stays_flat(void)
     ac_device_unref(device);
 }
 
+/* ---- threads --------------------------------------------------------------------------------- */
+
+typedef struct runner {
+    pthread_t thread;
+    life own;             /* with the model and schedule of another */
+    const life *shared;
+    _Atomic bool *stop;   /* NULL: four runs */
+    _Atomic bool wrong;   /* a run failed, or gave other latents than the first */
+} runner;
+
+static life
+borrow(const life *shared)
+{
+    return (life){.model = shared->model, .schedule = shared->schedule};
+}
+
+static void *
+keep_running(void *arg)
+{
+    runner *r = arg;
+    r->own = borrow(r->shared);
+    for (int i = 0; r->stop ? !atomic_load(r->stop) : i < 4; i++) {
+        if (denoise(&r->own) < 0 ||
+            memcmp(r->own.latents, r->shared->latents, sizeof r->own.latents) != 0) {
+            atomic_store(&r->wrong, true);
+        }
+    }
+    return NULL;
+}
+
+static void
+start_sharing(life *shared)
+{
+    *shared = (life){0};
+    ac_arena_init(&shared->arena);
+    CHECK_OK(live(shared));
+}
+
+static void
+stop_sharing(life *shared)
+{
+    ac_schedule_free(shared->schedule);
+    ac_model_unref(shared->model);
+    ac_weights_unref(shared->weights);
+    ac_graph_free(shared->graph);
+    ac_arena_deinit(&shared->arena);
+}
+
+static void
+several_runs_at_once(void)
+{
+    ac_device *device = open_device();
+    static life shared;
+    static runner runners[3];
+    start_sharing(&shared);
+    for (int i = 0; i < 3; i++) {
+        runners[i] = (runner){.shared = &shared};
+        CHECK_INT(pthread_create(&runners[i].thread, NULL, keep_running, &runners[i]), 0);
+    }
+    for (int i = 0; i < 3; i++) {
+        pthread_join(runners[i].thread, NULL);
+        CHECK(!atomic_load(&runners[i].wrong));
+    }
+    stop_sharing(&shared);
+    ac_device_unref(device);
+}
+
+#ifndef __SANITIZE_THREAD__ /* which knows no threads after a fork of many */
+
+/* Holds the model's and the weights' mutexes nearly all the time. */
+static void *
+keep_locking(void *arg)
+{
+    runner *r = arg;
+    ac_build_args args = {.entry = "forward", .batch = 1, .height = SIZE, .width = SIZE,
+                          .tokens = TOKENS, .timesteps = 1};
+    while (!atomic_load(r->stop)) {
+        ac_text text = {0};
+        if (ac_model_explain(r->shared->model, &args, true, true, &text) < 0) {
+            atomic_store(&r->wrong, true);
+        }
+        ac_text_free(&text);
+        ac_weights_make_begin(r->shared->weights);
+        usleep(500);
+        ac_weights_make_end(r->shared->weights);
+    }
+    return NULL;
+}
+
+/* In the child: 0 when the model runs there as it did in the parent. */
+static int
+run_in_child(const life *shared)
+{
+    alarm(10); /* what waits for a thread that is not there ends */
+    life own = borrow(shared);
+    if (denoise(&own) < 0) {
+        return 1;
+    }
+    return memcmp(own.latents, shared->latents, sizeof own.latents) == 0 ? 0 : 2;
+}
+
+static void
+forks_while_other_threads_run(void)
+{
+    ac_device *device = open_device();
+    static life shared;
+    static runner runners[3];
+    _Atomic bool stop = false;
+    int bad = 0;
+    start_sharing(&shared);
+    for (int i = 0; i < 3; i++) {
+        runners[i] = (runner){.shared = &shared, .stop = &stop};
+        CHECK_INT(pthread_create(&runners[i].thread, NULL, i ? keep_running : keep_locking,
+                                 &runners[i]), 0);
+    }
+    for (int i = 0; i < 30 && !bad; i++) {
+        int status;
+        pid_t child = fork();
+        if (child == 0) {
+            _exit(run_in_child(&shared));
+        }
+        bad = waitpid(child, &status, 0) != child || status != 0;
+        usleep((useconds_t)(i * 37 % 100));
+    }
+    atomic_store(&stop, true);
+    for (int i = 0; i < 3; i++) {
+        pthread_join(runners[i].thread, NULL);
+        CHECK(!atomic_load(&runners[i].wrong));
+    }
+    CHECK(!bad);
+    stop_sharing(&shared);
+    ac_device_unref(device);
+}
+#else
+static void
+forks_while_other_threads_run(void)
+{
+}
+#endif
+
 static void
 out_of_memory(void)
 {
@@ -186,4 +332,4 @@ out_of_memory(void)
 }
 
 TEST_MAIN(TEST(runs_repeat), TEST(changes_in_place_are_seen), TEST(memory_stays_flat),
-          TEST(out_of_memory))
+          TEST(several_runs_at_once), TEST(forks_while_other_threads_run), TEST(out_of_memory))

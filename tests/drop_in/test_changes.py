@@ -283,6 +283,36 @@ def test_a_thread_each():
     assert all(close(r, e) for r, e in zip(results, expected, strict=True))
 
 
+def test_fork_while_another_thread_examines_the_module():
+    """A child runs it though the thread that held its lock is not there."""
+    import os
+    import signal
+    import threading
+
+    fast = accel.compile(module("unet"))
+    args = inputs("unet")[0]
+    before = fast(*args).sample
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with fast._accel.lock:
+            held.set()
+            over.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        runs = fast._accel.native_runs
+        right = torch.equal(before, fast(*args).sample)
+        os._exit(0 if right and fast._accel.native_runs == runs + 1 else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    over.set()
+    thread.join()
+
+
 @pytest.mark.parametrize("which", ["sd", "sdxl"])
 def test_the_prompt_section_watches_weights_that_are_used_in_place(which):
     """Without merging nothing is derived of keys and values: only a checksum sees them change."""

@@ -226,3 +226,36 @@ np.save(sys.argv[2], before)
     out = Path(sd_folder).parent / "fork.npy"
     subprocess.run([sys.executable, "-c", code, str(sd_folder), str(out)], timeout=120, check=True)
     assert np.array_equal(np.load(out), expected)
+
+
+def test_fork_while_another_thread_runs(sd_folder):
+    """The child runs the model and changes its weights, though a run began before it."""
+    code = """
+import accel, os, signal, sys, threading, numpy as np
+pipe = accel.Pipeline.from_pretrained(sys.argv[1])
+def draw(**options):
+    return pipe("the red house", seed=1, num_inference_steps=2, output_type="np",
+                progress_bar=False, **options).images
+before, started, cancel = draw(), threading.Event(), accel.Cancel()
+def keep_on():
+    try:
+        pipe("a", num_inference_steps=900, height=64, width=64, progress_bar=False, cancel=cancel,
+             callback=lambda *a: started.set())
+    except accel.Cancelled:
+        pass
+thread = threading.Thread(target=keep_on)
+thread.start()
+started.wait(60)
+for _ in range(5):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        right = np.array_equal(before, draw())
+        pipe.unet._weights.set("conv_out.bias", np.zeros(4, np.float32))
+        os._exit(0 if right and not np.array_equal(before, draw()) else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+cancel.cancel()
+thread.join()
+assert np.array_equal(before, draw())
+"""
+    subprocess.run([sys.executable, "-c", code, str(sd_folder)], timeout=120, check=True)
