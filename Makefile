@@ -40,14 +40,18 @@ NVCC             ?= nvcc
 ACCEL_CUDA_ARCHS ?= 90a
 CUDA_SO          := python/accel/libaccel_cuda.so
 GENCODE          := $(foreach a,$(subst ;, ,$(subst .,,$(ACCEL_CUDA_ARCHS))),-gencode arch=compute_$(a),code=sm_$(a))
-# cublasLt.h: nvcc's, or that of NVIDIA's pip packages.  Without it cublaslt.c is left out.
+# Headers of NVIDIA's libraries: those of nvcc, of NVIDIA's pip packages, of `make cuda-headers`.
+# Without a header the files that need it are left out.
 NVCC_PATH        := $(shell command -v $(NVCC))
-CUBLAS_HEADER    := $(if $(NVCC_PATH),$(firstword $(wildcard $(CUBLAS_INCLUDE)/cublasLt.h \
-                      $(dir $(realpath $(NVCC_PATH)))../include/cublasLt.h /usr/local/cuda/include/cublasLt.h \
-                      $(or $(VENV),.venv)/lib/python3*/site-packages/nvidia/*/include/cublasLt.h) \
-                      $(shell python3 -c 'import glob, nvidia; [print(f) for p in nvidia.__path__ for f in glob.glob(p + "/*/include/cublasLt.h")]' 2>/dev/null)))
-CUDA_FLAGS       := $(if $(CUBLAS_HEADER),-DAC_HAVE_CUBLASLT -isystem $(dir $(CUBLAS_HEADER)))
-CUDA_C           := $(filter-out $(if $(CUBLAS_HEADER),,%/cublaslt.c),$(wildcard kernels/cuda/*.c))
+CUDA_INCLUDES    := $(if $(NVCC_PATH),$(dir $(realpath $(NVCC_PATH)))../include /usr/local/cuda/include /usr/include \
+                      $(wildcard build/headers/nvidia/*/include $(or $(VENV),.venv)/lib/python3*/site-packages/nvidia/*/include) \
+                      $(shell python3 -c 'import glob, nvidia; [print(f) for p in nvidia.__path__ for f in glob.glob(p + "/*/include")]' 2>/dev/null))
+cuda_header       = $(if $(NVCC_PATH),$(firstword $(foreach d,$(2) $(CUDA_INCLUDES),$(wildcard $(d)/$(1)))))
+CUBLAS_HEADER    := $(call cuda_header,cublasLt.h,$(CUBLAS_INCLUDE))
+CUDNN_HEADER     := $(call cuda_header,cudnn_backend.h,$(CUDNN_INCLUDE))
+CUDA_FLAGS       := $(if $(CUBLAS_HEADER),-DAC_HAVE_CUBLASLT -isystem $(dir $(CUBLAS_HEADER))) \
+                    $(if $(CUDNN_HEADER),-DAC_HAVE_CUDNN -isystem $(dir $(CUDNN_HEADER)))
+CUDA_C           := $(filter-out $(if $(CUBLAS_HEADER),,%/cublaslt.c) $(if $(CUDNN_HEADER),,%/cudnn.c %/cudnn_conv.c %/cudnn_attention.c),$(wildcard kernels/cuda/*.c))
 CUDA_OBJ         := $(patsubst %.cu,$(B)/%.cu.o,$(wildcard kernels/cuda/*.cu)) \
                     $(patsubst %.c,$(B)/cuda/%.o,$(CUDA_C) csrc/tensor.c)
 CUDA_HOST_FLAGS  := -fPIC,-fvisibility=hidden
@@ -62,7 +66,8 @@ $(B)/cuda/%.o: %.c $(wildcard kernels/cuda/*.h) csrc/base.h csrc/tensor.h csrc/o
 
 $(CUDA_SO): $(CUDA_OBJ)
 	@mkdir -p $(@D)
-	$(if $(CUBLAS_HEADER),,@echo "cuda: without cuBLASLt: no cublasLt.h was found (pip install nvidia-cublas has it)")
+	$(if $(CUBLAS_HEADER),,@echo "cuda: WITHOUT cuBLASLt: no cublasLt.h was found; make cuda-headers fetches it")
+	$(if $(CUDNN_HEADER),,@echo "cuda: WITHOUT cuDNN: no cudnn_backend.h was found; make cuda-headers fetches it")
 	$(NVCC) -shared -cudart static $(GENCODE) $^ -ldl -lpthread -o $@
 
 cuda: ## the CUDA library, where nvcc is found

@@ -1,26 +1,33 @@
 /* cublaslt: linear layers through cuBLASLt: bias in the epilogue, residual as C with beta 1.
  *
+ *     gated       [value|gate] = x w^T + b into scratch, some rows at a time; then the gate
+ *     activation  the product, then the activation in place
+ *     x2          x1 w1^T + b + residual, then + x2 w2^T
+ *
  * Row-major y [m, n] = x w^T is the column-major product y^T [n, m] = w x^T, so w is the left
  * operand, transposed, and a bias runs along the rows of the result.
  *
- * The library is never linked: it is taken from the process (PyTorch's), then from NVIDIA's pip
- * packages, the system and CUDA_HOME, so that it is not in memory twice.  Algorithms come from its
- * heuristic, once for each problem of a device; atomics and sums in f16 are left out, so results
- * are the same in every run.
+ * The library's heuristic names up to 16 algorithms; tune.c picks one, and for f16 and bf16 then
+ * between the library and gemm_mma.cu, which does all of it in one kernel.  Atomics and sums in f16
+ * are left out, so results are the same in every run.
  *
  * Built where cublasLt.h is found; without the library, the next kernels of the list are taken. */
 #include "gemm.h"
 #include "list.h"
+#include "rowwise.h"
+#include "tune.h"
 
 #include <cublasLt.h>
 #include <dlfcn.h>
-#include <glob.h>
 #include <pthread.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define WORKSPACE ((size_t)32 << 20) /* what NVIDIA recommends for sm_90 */
+#define GATED_BYTES ((size_t)96 << 20) /* of [value|gate] in scratch at once */
+#define ELEMENTS INT32_MAX /* of one operand: beyond it some kernels count wrong */
+
+enum { ALGORITHMS = 16 };
 
 /* ---- the library ----------------------------------------------------------------------------- */
 
@@ -48,72 +55,15 @@ static struct library {
 
 static pthread_once_t lt_once = PTHREAD_ONCE_INIT;
 
-static const char *const sonames[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
-
-static void *
-open_first(const char *folder, int flags)
-{
-    char path[1024];
-    void *library = NULL;
-    for (size_t i = 0; !library && i < AC_ARRAY_LEN(sonames); i++) {
-        snprintf(path, sizeof path, "%s%s%s", folder, *folder ? "/" : "", sonames[i]);
-        library = dlopen(path, RTLD_LAZY | RTLD_LOCAL | flags);
-    }
-    return library;
-}
-
-/* NVIDIA's packages lie beside ours: site-packages/nvidia/cu13/lib; for 12 nvidia/cublas/lib. */
-static void *
-open_in_site(const char *site)
-{
-    char folder[960];
-    static const char *const parts[] = {"nvidia/cu13/lib", "nvidia/cublas/lib"};
-    void *library = NULL;
-    for (size_t i = 0; !library && i < AC_ARRAY_LEN(parts); i++) {
-        snprintf(folder, sizeof folder, "%s/%s", site, parts[i]);
-        library = open_first(folder, 0);
-    }
-    return library;
-}
-
-static void *
-open_packages(void)
-{
-    char path[900];
-    Dl_info self;
-    void *library = NULL;
-    if (dladdr((void *)&lt, &self) && self.dli_fname) {
-        snprintf(path, sizeof path, "%s", self.dli_fname);
-        char *slash = strrchr(path, '/');
-        if (slash) {
-            snprintf(slash, sizeof path - (size_t)(slash - path), "/..");
-            library = open_in_site(path);
-        }
-    }
-    const char *environment = getenv("VIRTUAL_ENV");
-    glob_t sites;
-    if (!library && environment) {
-        snprintf(path, sizeof path, "%s/lib/python3*/site-packages", environment);
-        if (glob(path, 0, NULL, &sites) == 0) {
-            library = sites.gl_pathc ? open_in_site(sites.gl_pathv[0]) : NULL;
-            globfree(&sites);
-        }
-    }
-    return library;
-}
-
 static void
 load_library(void)
 {
-    char folder[900], text[200];
-    const char *home = getenv("CUDA_HOME");
-    void *library = open_first("", RTLD_NOLOAD);
-    library = library ? library : open_packages();
-    library = library ? library : open_first("", 0);
-    snprintf(folder, sizeof folder, "%s/lib64", home ? home : "/usr/local/cuda");
-    library = library ? library : open_first(folder, 0);
+    static const char *const names[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
+    static const char *const folders[] = {"cu13", "cublas"};
+    void *library = ac_cuda_library_open(&(ac_library_search){names, 2, folders, 2});
     if (!library) {
-        ac_cuda_host->log(1, "cuda: no cuBLASLt 12 or 13 was found; own kernels multiply");
+        ac_cuda_log(1, "cuda: no cuBLASLt 12 or 13 was found; own kernels multiply "
+                       "(pip install nvidia-cublas)");
         return;
     }
     lt.found = true;
@@ -122,8 +72,11 @@ load_library(void)
     lt.found = lt.found && lt.name;
     ENTRY_POINTS(X)
 #undef X
-    snprintf(text, sizeof text, "cuda: cuBLASLt %zu", lt.found ? lt.GetVersion() : 0);
-    ac_cuda_host->log(2, text);
+    if (lt.found) {
+        ac_cuda_log(2, "cuda: cuBLASLt %zu", lt.GetVersion());
+    } else {
+        ac_cuda_log(1, "cuda: cuBLASLt lacks entry points; own kernels multiply");
+    }
 }
 
 static ac_status
@@ -136,7 +89,7 @@ check(cublasStatus_t status, const char *call)
 
 #define LT(call, ...) AC_TRY(check(lt.call(__VA_ARGS__), "cublasLt" #call))
 
-/* ---- products that have been asked for ------------------------------------------------------- */
+/* ---- products: one call of the library ------------------------------------------------------- */
 
 typedef struct product_key {
     int64_t m, n, k, x_row, w_row, out_row, residual_row; /* rows in elements */
@@ -149,19 +102,35 @@ typedef struct product {
     product_key key;
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t w, x, c, out;
-    cublasLtMatmulAlgo_t algo;
-    bool usable; /* the library has an algorithm */
+    cublasLtMatmulAlgo_t algorithm[ALGORITHMS]; /* the heuristic's order; freed of all but one */
+    int32_t count, chosen;                      /* chosen -1: not yet */
 } product;
+
+/* What was chosen for a whole layer: the library's products, or our kernel. */
+typedef struct layer {
+    product_key key;
+    int64_t k2;
+    int32_t gated, act;
+    int32_t own; /* bool */
+    int32_t pad;
+} layer;
 
 struct ac_cuda_blas {
     cublasLtHandle_t handle;
     product *products;
-    int32_t count, capacity;
+    layer *layers;
+    int32_t n_products, products_capacity, n_layers, layers_capacity;
 };
 
-/* Handles, the table and a descriptor's bias pointer: one thread at a time, for some
- * microseconds. */
-static pthread_mutex_t blas_lock = PTHREAD_MUTEX_INITIALIZER;
+/* Addresses of one product, and where it runs; a tune context. */
+typedef struct call {
+    ac_lane *lane;
+    ac_cuda_blas *blas;
+    ac_cuda_libraries *libraries;
+    product *p;
+    const void *x, *weight, *bias, *residual;
+    void *out, *workspace;
+} call;
 
 static void
 product_free(product *p)
@@ -183,13 +152,14 @@ ac_cuda_blas_free(ac_cuda_blas *blas)
     if (!blas) {
         return;
     }
-    for (int32_t i = 0; i < blas->count; i++) {
+    for (int32_t i = 0; i < blas->n_products; i++) {
         product_free(&blas->products[i]);
     }
     if (blas->handle) {
         lt.Destroy(blas->handle);
     }
     ac_cuda_host->free(blas->products);
+    ac_cuda_host->free(blas->layers);
     ac_cuda_host->free(blas);
 }
 
@@ -233,18 +203,22 @@ ask(ac_cuda_blas *blas, product *p, cublasLtMatmulPreference_t preference)
     for (size_t i = 0; i < AC_ARRAY_LEN(sides); i++) {
         LT(MatmulPreferenceSetAttribute, preference, sides[i], &alignment, sizeof alignment);
     }
-    cublasLtMatmulHeuristicResult_t result;
+    cublasLtMatmulHeuristicResult_t result[ALGORITHMS];
     int found = 0;
+    memset(result, 0, sizeof result);
     cublasStatus_t status = lt.MatmulAlgoGetHeuristic(blas->handle, p->desc, p->w, p->x, p->c,
-                                                      p->out, preference, 1, &result, &found);
-    p->usable = status == CUBLAS_STATUS_SUCCESS && found == 1 &&
-                result.state == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= WORKSPACE;
-    p->algo = result.algo;
+                                                      p->out, preference, ALGORITHMS, result,
+                                                      &found);
+    for (int i = 0; status == CUBLAS_STATUS_SUCCESS && i < found; i++) {
+        if (result[i].state == CUBLAS_STATUS_SUCCESS && result[i].workspaceSize <= WORKSPACE) {
+            p->algorithm[p->count++] = result[i].algo;
+        }
+    }
     return AC_OK;
 }
 
 static ac_status
-choose(ac_cuda_blas *blas, product *p)
+list_algorithms(ac_cuda_blas *blas, product *p)
 {
     cublasLtMatmulPreference_t preference;
     AC_TRY(describe(p));
@@ -255,68 +229,252 @@ choose(ac_cuda_blas *blas, product *p)
 }
 
 static ac_status
-grow(ac_cuda_blas *blas)
-{
-    int32_t capacity = blas->capacity ? 2 * blas->capacity : 128;
-    product *more = ac_cuda_host->alloc(sizeof *more * (size_t)capacity);
-    if (!more) {
-        return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for",
-                            sizeof *more * (size_t)capacity);
-    }
-    if (blas->count) {
-        memcpy(more, blas->products, sizeof *more * (size_t)blas->count);
-    }
-    ac_cuda_host->free(blas->products);
-    blas->products = more;
-    blas->capacity = capacity;
-    return AC_OK;
-}
-
-static ac_status
 find_product(ac_cuda_blas *blas, const product_key *key, product **out)
 {
-    for (int32_t i = 0; i < blas->count; i++) {
+    for (int32_t i = 0; i < blas->n_products; i++) {
         if (memcmp(&blas->products[i].key, key, sizeof *key) == 0) {
             *out = &blas->products[i];
             return AC_OK;
         }
     }
-    if (blas->count == blas->capacity) {
-        AC_TRY(grow(blas));
-    }
-    product *p = &blas->products[blas->count];
-    memset(p, 0, sizeof *p);
-    p->key = *key;
-    ac_status status = choose(blas, p);
+    AC_TRY(ac_cuda_heap_grow((void **)&blas->products, blas->n_products,
+                             &blas->products_capacity, sizeof **out));
+    product *p = &blas->products[blas->n_products];
+    *p = (product){.key = *key, .chosen = -1};
+    ac_status status = list_algorithms(blas, p);
     if (status < 0) {
         product_free(p);
         return status;
     }
-    blas->count++;
+    blas->n_products++;
     *out = p;
     return AC_OK;
 }
 
 static ac_status
-find_blas(const ac_lane *lane, ac_cuda_blas **out)
+run_product(void *context, int32_t i)
 {
-    ac_cuda_blas **slot = ac_cuda_blas_slot(lane);
-    if (!*slot) {
-        ac_cuda_blas *blas = ac_cuda_host->alloc(sizeof *blas);
-        if (!blas) {
-            return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for",
-                                sizeof *blas);
-        }
-        memset(blas, 0, sizeof *blas);
-        ac_status status = check(lt.Create(&blas->handle), "cublasLtCreate");
-        if (status < 0) {
-            ac_cuda_host->free(blas);
-            return status;
-        }
-        *slot = blas;
+    call *c = context;
+    product *p = c->p;
+    float one = 1.0f, beta = p->key.residual ? 1.0f : 0.0f;
+    if (p->key.bias) {
+        LT(MatmulDescSetAttribute, p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &c->bias,
+           sizeof c->bias);
     }
-    *out = *slot;
+    LT(Matmul, c->blas->handle, p->desc, &one, c->weight, p->w, c->x, p->x, &beta,
+       c->residual ? c->residual : c->out, p->c, c->out, p->out, &p->algorithm[i], c->workspace,
+       WORKSPACE, c->lane->stream);
+    return ac_cuda_launched(c->lane, cudaGetLastError(), "cublasLtMatmul");
+}
+
+/* The algorithm's description is opaque, but the same in every process of one version. */
+static void
+name_algorithm(const void *context, int32_t i, char name[AC_TUNE_WAY])
+{
+    const call *c = context;
+    uint64_t hash = UINT64_C(0xcbf29ce484222325);
+    const unsigned char *bytes = (const unsigned char *)&c->p->algorithm[i];
+    for (size_t k = 0; k < sizeof c->p->algorithm[i]; k++) {
+        hash = (hash ^ bytes[k]) * UINT64_C(0x100000001b3);
+    }
+    snprintf(name, AC_TUNE_WAY, "%016llx", (unsigned long long)hash);
+}
+
+static int
+key_text(char *text, size_t size, const char *what, const product_key *k)
+{
+    return snprintf(text, size, "cublasLt %zu %s %s m%lld n%lld k%lld rows %lld %lld %lld %lld b%d",
+                    lt.GetVersion(), what, ac_dtype_name((ac_dtype)k->dtype), (long long)k->m,
+                    (long long)k->n, (long long)k->k, (long long)k->x_row, (long long)k->w_row,
+                    (long long)k->out_row, (long long)k->residual_row, (int)k->bias);
+}
+
+/* One product, with the algorithm that is chosen at its first call. */
+static ac_status
+multiply(call *c, const product_key *key)
+{
+    AC_TRY(find_product(c->blas, key, &c->p));
+    if (c->p->count == 0) {
+        return ac_cuda_fail(AC_E_UNSUPPORTED, "cuda: cuBLASLt has no algorithm for a product");
+    }
+    if (c->p->chosen < 0) {
+        char text[AC_TUNE_KEY];
+        key_text(text, sizeof text, "product", key);
+        AC_TRY(ac_tune_choose(c->lane, c->libraries,
+                              &(ac_tune_ways){text, c->p->count, c, name_algorithm, run_product},
+                              &c->p->chosen));
+    }
+    return run_product(c, c->p->chosen);
+}
+
+/* ---- layers ---------------------------------------------------------------------------------- */
+
+/* A LINEAR, its rows at one distance, columns side by side. */
+typedef struct job {
+    call call;
+    ac_gemm g;
+    product_key key; /* of all rows */
+    char *scratch;
+} job;
+
+static size_t
+at(int64_t elements, int32_t dtype)
+{
+    return (size_t)elements * ac_dtype_size((ac_dtype)dtype);
+}
+
+/* How many rows at a time: no operand too large for the library, nor [value|gate] for scratch. */
+static int64_t
+rows_at_once(const ac_gemm *g, const product_key *k)
+{
+    int64_t widest = AC_MAX(AC_MAX(k->x_row, k->out_row), AC_MAX(k->residual_row, 2 * k->n));
+    int64_t most = AC_MAX(ELEMENTS / AC_MAX(widest, g->x[1].w), 1);
+    if (g->gated) {
+        most = AC_MIN(most, (int64_t)(GATED_BYTES / at(2 * k->n, k->dtype)));
+    }
+    most = AC_MAX(most / 128 * 128, 128);
+    int64_t parts = (k->m + most - 1) / most;
+    return (((k->m + parts - 1) / parts) + 127) / 128 * 128; /* even parts */
+}
+
+static ac_status
+multiply_gated(job *j, product_key key, int64_t rows, const char *x, char *out)
+{
+    call c = j->call;
+    char *both = j->scratch + WORKSPACE;
+    key.n *= 2;
+    key.out_row = key.n;
+    key.residual = 0;
+    key.residual_row = 0;
+    c.x = x;
+    c.weight = j->g.weight;
+    c.bias = j->g.bias;
+    c.out = both;
+    AC_TRY(multiply(&c, &key));
+    ac_rowwise r = {.to = out, .from = both, .dtype = (ac_dtype)key.dtype, .rows = rows,
+                    .columns = j->key.n, .to_row = j->key.out_row, .from_row = key.n,
+                    .act = j->g.act};
+    return ac_cuda_gate_rows(c.lane, &r);
+}
+
+static ac_status
+multiply_rows(job *j, int64_t first, int64_t rows)
+{
+    const ac_gemm *g = &j->g;
+    product_key key = j->key;
+    call c = j->call;
+    int32_t dtype = key.dtype;
+    const char *x = (const char *)g->x[0].data + at(first * key.x_row, dtype);
+    char *out = (char *)g->out.data + at(first * key.out_row, dtype);
+    key.m = rows;
+    if (g->gated) {
+        return multiply_gated(j, key, rows, x, out);
+    }
+    c.x = x;
+    c.weight = g->weight;
+    c.bias = g->bias;
+    c.out = out;
+    if (key.residual) {
+        c.residual = (const char *)g->residual.data + at(first * key.residual_row, dtype);
+    }
+    AC_TRY(multiply(&c, &key));
+    if (g->channels[1] > 0) {
+        key.k = g->channels[1];
+        key.x_row = g->x[1].w;
+        key.bias = 0;
+        key.residual = 1;
+        key.residual_row = key.out_row;
+        c.x = (const char *)g->x[1].data + at(first * key.x_row, dtype);
+        c.weight = (const char *)g->weight + at(g->channels[0], dtype);
+        c.residual = out;
+        AC_TRY(multiply(&c, &key));
+    }
+    if (g->act != AC_ACT_NONE) {
+        ac_rowwise r = {.to = out, .from = out, .dtype = (ac_dtype)dtype, .rows = rows,
+                        .columns = key.n, .to_row = key.out_row, .from_row = key.out_row,
+                        .act = g->act};
+        return ac_cuda_act_rows(c.lane, &r);
+    }
     return AC_OK;
+}
+
+enum { LIBRARY, OWN };
+
+static ac_status
+run_own(ac_lane *lane, const ac_gemm *g)
+{
+    return g->x[0].dtype != AC_F32 && ac_gemm_mma_aligned(g) ? ac_cuda_gemm_mma(lane, g)
+                                                             : ac_cuda_gemm_plain(lane, g);
+}
+
+static ac_status
+run_layer(void *context, int32_t way)
+{
+    job *j = context;
+    if (way == OWN) {
+        return run_own(j->call.lane, &j->g);
+    }
+    int64_t step = rows_at_once(&j->g, &j->key);
+    for (int64_t first = 0; first < j->key.m; first += step) {
+        AC_TRY(multiply_rows(j, first, AC_MIN(step, j->key.m - first)));
+    }
+    return AC_OK;
+}
+
+static void
+name_layer(const void *context, int32_t way, char name[AC_TUNE_WAY])
+{
+    (void)context;
+    snprintf(name, AC_TUNE_WAY, "%s", way == OWN ? "own" : "library");
+}
+
+static ac_status
+choose_layer(job *j, layer *l)
+{
+    char text[AC_TUNE_KEY];
+    int used = key_text(text, sizeof text, "linear", &j->key);
+    if (used < (int)sizeof text) {
+        snprintf(text + used, sizeof text - (size_t)used, " k2 %lld gated %d act %d",
+                 (long long)l->k2, (int)l->gated, (int)l->act);
+    }
+    bool own = j->key.dtype != AC_F32; /* the plain kernel is no match */
+    ac_tune_ways ways = {text, own ? 2 : 1, j, name_layer, run_layer};
+    return ac_tune_choose(j->call.lane, j->call.libraries, &ways, &l->own);
+}
+
+static ac_status
+run_job(job *j)
+{
+    ac_cuda_blas *blas = j->call.blas;
+    layer l = {.key = j->key, .k2 = j->g.channels[1], .gated = j->g.gated, .act = j->g.act};
+    for (int32_t i = 0; i < blas->n_layers; i++) {
+        l.own = blas->layers[i].own;
+        if (memcmp(&l, &blas->layers[i], sizeof l) == 0) {
+            return run_layer(j, l.own);
+        }
+    }
+    l.own = LIBRARY;
+    AC_TRY(choose_layer(j, &l));
+    ac_status status = run_layer(j, l.own);
+    if (status == AC_E_UNSUPPORTED) { /* the library has no algorithm */
+        l.own = OWN;
+        status = run_layer(j, l.own);
+    }
+    AC_TRY(status);
+    AC_TRY(ac_cuda_heap_grow((void **)&blas->layers, blas->n_layers, &blas->layers_capacity,
+                             sizeof l));
+    blas->layers[blas->n_layers++] = l;
+    return AC_OK;
+}
+
+static ac_status
+find_blas(ac_cuda_libraries *libraries)
+{
+    if (!libraries->blas) {
+        AC_TRY(ac_cuda_heap(sizeof *libraries->blas, (void **)&libraries->blas));
+    }
+    return libraries->blas->handle ? AC_OK
+                                   : check(lt.Create(&libraries->blas->handle), "cublasLtCreate");
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
@@ -326,7 +484,7 @@ static bool
 key_of(const ac_gemm *g, product_key *key)
 {
     int64_t unit = 16 / (int64_t)ac_dtype_size(g->x[0].dtype);
-    bool residual = g->residual.data;
+    bool residual = g->residual.data, two = g->channels[1] > 0;
     *key = (product_key){.m = g->rows,
                          .n = g->columns,
                          .k = g->channels[0],
@@ -337,15 +495,18 @@ key_of(const ac_gemm *g, product_key *key)
                          .dtype = g->x[0].dtype,
                          .bias = g->bias != NULL,
                          .residual = residual};
-    if (key->m == 1) { /* one row has no distance */
+    if (key->m == 1 && !two) { /* one row has no distance */
         key->x_row = key->k;
-        key->out_row = key->residual_row = key->n;
+        key->out_row = key->n;
+        key->residual_row = residual ? key->n : 0;
     }
     return g->rows == g->out_width && g->x[0].c == 1 && g->out.c == 1 && g->w_c == 1 &&
            (!residual || g->residual.c == 1) && key->n % unit == 0 && key->k % unit == 0 &&
            key->x_row % unit == 0 && key->w_row % unit == 0 && key->out_row % unit == 0 &&
            key->residual_row % unit == 0 && key->x_row >= key->k && key->w_row >= key->k &&
-           key->out_row >= key->n && (!residual || key->residual_row >= key->n);
+           key->out_row >= key->n && (!residual || key->residual_row >= key->n) &&
+           (!two || (g->x[1].c == 1 && g->channels[1] % unit == 0 && g->x[1].w % unit == 0 &&
+                     g->x[1].w >= g->channels[1]));
 }
 
 static bool
@@ -354,12 +515,15 @@ supports(const ac_problem *p, const ac_caps *caps)
     ac_gemm g;
     product_key key;
     ac_dtype dtype = p->output.dtype;
-    if (p->attr.linear.gated || p->attr.linear.act != AC_ACT_NONE ||
-        ac_operand(p, AC_LINEAR_X2) || !ac_gemm_of(p, &g) || !key_of(&g, &key) || g.rows < 1 ||
+    if (!ac_gemm_of(p, &g) || !key_of(&g, &key) || g.rows < 1 ||
         caps->isa < (dtype == AC_BF16 ? 80 : 75)) {
         return false;
     }
+    if (g.residual.data && (g.gated || g.act != AC_ACT_NONE)) {
+        return false; /* the residual is added after the activation */
+    }
     if (g.x[0].dtype != dtype || g.weight_dtype != dtype ||
+        (g.channels[1] > 0 && (g.x[1].dtype != dtype || g.gated)) ||
         (g.residual.data && g.residual.dtype != dtype) ||
         (g.bias && (g.bias_dtype != dtype || g.bias_stride != 1))) {
         return false;
@@ -371,38 +535,21 @@ supports(const ac_problem *p, const ac_caps *caps)
 static size_t
 scratch_bytes(const ac_problem *p, const ac_caps *caps)
 {
-    (void)p;
+    ac_gemm g;
+    product_key key;
     (void)caps;
-    return WORKSPACE;
-}
-
-static ac_status
-multiply(ac_lane *lane, const ac_gemm *g, const product_key *key, void *scratch, bool *done)
-{
-    ac_cuda_blas *blas = NULL;
-    product *p = NULL;
-    float one = 1.0f, beta = key->residual ? 1.0f : 0.0f;
-    AC_TRY(find_blas(lane, &blas));
-    AC_TRY(find_product(blas, key, &p));
-    *done = p->usable;
-    if (!p->usable) {
-        return AC_OK;
-    }
-    if (key->bias) {
-        LT(MatmulDescSetAttribute, p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g->bias,
-           sizeof g->bias);
-    }
-    const void *c = key->residual ? g->residual.data : g->out.data;
-    LT(Matmul, blas->handle, p->desc, &one, g->weight, p->w, g->x[0].data, p->x, &beta, c, p->c,
-       (void *)g->out.data, p->out, &p->algo, scratch, WORKSPACE, lane->stream);
-    return ac_cuda_launched(lane, cudaGetLastError(), "cublasLtMatmul");
+    ac_gemm_of(p, &g);
+    key_of(&g, &key);
+    int64_t rows = AC_MIN(rows_at_once(&g, &key), key.m);
+    return WORKSPACE + (g.gated ? at(2 * rows * key.n, key.dtype) : 0);
 }
 
 static bool
 aligned(const ac_gemm *g)
 {
     uintptr_t all = (uintptr_t)g->x[0].data | (uintptr_t)g->weight | (uintptr_t)g->out.data |
-                    (uintptr_t)g->residual.data | (uintptr_t)g->bias;
+                    (uintptr_t)g->residual.data | (uintptr_t)g->bias |
+                    (g->channels[1] > 0 ? (uintptr_t)g->x[1].data : 0);
     return all % 16 == 0;
 }
 
@@ -410,22 +557,20 @@ static ac_status
 launch(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared)
 {
     (void)prepared;
-    ac_gemm g;
-    product_key key;
     int previous;
-    bool done = false;
-    ac_gemm_of(p, &g);
-    key_of(&g, &key);
-    if (aligned(&g)) {
-        AC_TRY(ac_cuda_enter(lane, &previous));
-        pthread_mutex_lock(&blas_lock);
-        ac_status status = multiply(lane, &g, &key, scratch, &done);
-        pthread_mutex_unlock(&blas_lock);
-        AC_TRY(ac_cuda_leave(lane, previous, status));
+    job j = {.scratch = scratch, .call = {.lane = lane, .workspace = scratch}};
+    ac_gemm_of(p, &j.g);
+    key_of(&j.g, &j.key);
+    if (!aligned(&j.g)) {
+        return run_own(lane, &j.g);
     }
-    return done                   ? AC_OK
-           : p->output.dtype == AC_F32 || !ac_gemm_mma_aligned(&g) ? ac_cuda_gemm_plain(lane, &g)
-                                                                  : ac_cuda_gemm_mma(lane, &g);
+    AC_TRY(ac_cuda_libraries_enter(lane, &j.call.libraries, &previous));
+    ac_status status = find_blas(j.call.libraries);
+    if (status == AC_OK) {
+        j.call.blas = j.call.libraries->blas;
+        status = run_job(&j);
+    }
+    return ac_cuda_libraries_leave(lane, previous, status);
 }
 
 const ac_kernel ac_cuda_linear_cublaslt = {

@@ -15,7 +15,7 @@ extern "C" {
 #include <cuda_runtime_api.h>
 
 typedef struct ac_cuda_device ac_cuda_device; /* device.c's */
-typedef struct ac_cuda_blas ac_cuda_blas;     /* cublaslt.c's; one a device */
+typedef struct ac_cuda_libraries ac_cuda_libraries; /* library.c's; one a device */
 
 /* A stream, and the device it belongs to. */
 struct ac_lane {
@@ -41,9 +41,9 @@ ac_status ac_cuda_leave(const ac_lane *lane, int previous, ac_status status);
  * ACCEL_SYNC=1 waits here, so that the error names the step. */
 ac_status ac_cuda_launched(const ac_lane *lane, cudaError_t status, const char *name);
 
-/* The device's place for what cublaslt.c keeps, NULL at first. */
-ac_cuda_blas **ac_cuda_blas_slot(const ac_lane *lane);
-void ac_cuda_blas_free(ac_cuda_blas *blas);
+/* The device's place for what library.c keeps, NULL at first. */
+ac_cuda_libraries **ac_cuda_libraries_slot(const ac_lane *lane);
+void ac_cuda_libraries_free(ac_cuda_libraries *libraries);
 
 extern const ac_kernel *const ac_cuda_kernels[];
 

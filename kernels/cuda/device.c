@@ -15,7 +15,7 @@ struct ac_cuda_device {
     bool sync;         /* ACCEL_SYNC=1 when it was opened */
     int lost;          /* 0, 1 being written, 2: `first` is set; atomic */
     char first[320];   /* message of the error that lost it */
-    ac_cuda_blas *blas; /* NULL until a GEMM needs it */
+    ac_cuda_libraries *libraries; /* NULL until one is needed */
 };
 
 struct ac_recording {
@@ -129,10 +129,10 @@ ac_cuda_launched(const ac_lane *lane, cudaError_t status, const char *name)
     return check(lane->device, status, name);
 }
 
-ac_cuda_blas **
-ac_cuda_blas_slot(const ac_lane *lane)
+ac_cuda_libraries **
+ac_cuda_libraries_slot(const ac_lane *lane)
 {
-    return &lane->device->blas;
+    return &lane->device->libraries;
 }
 
 /* ---- life ------------------------------------------------------------------------------------ */
@@ -196,7 +196,7 @@ cuda_close(void *self)
     ac_cuda_device *device = self;
     int previous;
     if (enter(device, &previous) == AC_OK) {
-        ac_cuda_blas_free(device->blas);
+        ac_cuda_libraries_free(device->libraries);
         leave(device, previous, AC_OK);
     }
     ac_cuda_host->free(device);

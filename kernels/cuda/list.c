@@ -8,11 +8,3 @@ const ac_kernel *const ac_cuda_kernels[] = {
 #undef X
     NULL,
 };
-
-#ifndef AC_HAVE_CUBLASLT
-void
-ac_cuda_blas_free(ac_cuda_blas *blas)
-{
-    (void)blas;
-}
-#endif

@@ -1,0 +1,106 @@
+/* rowwise: see rowwise.h.  A thread makes 16 bytes.  Bound: memory. */
+#include "element.cuh"
+#include "rowwise.h"
+
+template <typename T>
+__device__ static inline float
+to_float(T x)
+{
+    return (float)x;
+}
+
+/* erf to 1.5e-7 (Abramowitz and Stegun 7.1.26): a third of erff's instructions, and far below
+ * what f16 and bf16 results can show. */
+__device__ static inline float
+erf_short(float x)
+{
+    float a = fabsf(x), t = __fdividef(1.0f, fmaf(0.3275911f, a, 1.0f));
+    float p = fmaf(fmaf(fmaf(fmaf(1.061405429f, t, -1.453152027f), t, 1.421413741f), t,
+                        -0.284496736f), t, 0.254829592f) * t;
+    return copysignf(1.0f - p * __expf(-a * a), x);
+}
+
+template <typename T>
+__device__ static inline float
+activate(ac_act act, float x)
+{
+    if constexpr (sizeof(T) == 2) {
+        switch (act) {
+        case AC_ACT_GELU:
+            return 0.5f * x * (1.0f + erf_short(x * 0.70710678118654752f));
+        case AC_ACT_SILU:
+            return __fdividef(x, 1.0f + __expf(-x));
+        case AC_ACT_QUICK_GELU:
+            return __fdividef(x, 1.0f + __expf(-1.702f * x));
+        default:
+            break;
+        }
+    }
+    return ac_act_apply(act, x);
+}
+
+template <typename T, bool GATED>
+__global__ static void __launch_bounds__(AC_THREADS)
+rowwise_kernel(ac_rowwise r, uint32_t groups, uint32_t count)
+{
+    constexpr int N = 16 / sizeof(T);
+    uint32_t i = blockIdx.x * AC_THREADS + threadIdx.x;
+    if (i >= count) {
+        return;
+    }
+    int64_t row = i / groups, column = (int64_t)(i % groups) * N;
+    const T *from = (const T *)r.from + row * r.from_row + column;
+    alignas(16) T value[N], gate[N], out[N];
+    *(uint4 *)value = *(const uint4 *)from;
+    if (GATED) {
+        *(uint4 *)gate = *(const uint4 *)(from + r.columns);
+    }
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+        float v = to_float(value[k]);
+        out[k] = (T)(GATED ? v * activate<T>(r.act, to_float(gate[k])) : activate<T>(r.act, v));
+    }
+    *(uint4 *)((T *)r.to + row * r.to_row + column) = *(const uint4 *)out;
+}
+
+bool
+ac_rowwise_fits(const ac_rowwise *r)
+{
+    int64_t unit = 16 / (int64_t)ac_dtype_size(r->dtype);
+    return ac_cuda_float(r->dtype) && r->columns % unit == 0 && r->to_row % unit == 0 &&
+           r->from_row % unit == 0 && (uintptr_t)r->to % 16 == 0 && (uintptr_t)r->from % 16 == 0 &&
+           r->rows * (r->columns / unit) <= INT32_MAX;
+}
+
+template <typename T>
+static ac_status
+launch(ac_lane *lane, const ac_rowwise *r, bool gated)
+{
+    uint32_t groups = (uint32_t)(r->columns * (int64_t)sizeof(T) / 16);
+    uint32_t count = (uint32_t)r->rows * groups;
+    dim3 grid((unsigned)ac_ceil_div(count, AC_THREADS));
+    return gated ? ac_cuda_launch(lane, "gate", rowwise_kernel<T, true>, grid, AC_THREADS, 0, *r,
+                                  groups, count)
+                 : ac_cuda_launch(lane, "activation", rowwise_kernel<T, false>, grid, AC_THREADS,
+                                  0, *r, groups, count);
+}
+
+static ac_status
+launch_dtype(ac_lane *lane, const ac_rowwise *r, bool gated)
+{
+    return r->dtype == AC_F32   ? launch<float>(lane, r, gated)
+           : r->dtype == AC_F16 ? launch<__half>(lane, r, gated)
+                                : launch<__nv_bfloat16>(lane, r, gated);
+}
+
+ac_status
+ac_cuda_act_rows(ac_lane *lane, const ac_rowwise *r)
+{
+    return launch_dtype(lane, r, false);
+}
+
+ac_status
+ac_cuda_gate_rows(ac_lane *lane, const ac_rowwise *r)
+{
+    return launch_dtype(lane, r, true);
+}

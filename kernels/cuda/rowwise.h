@@ -1,0 +1,30 @@
+/* rowwise: activations and gates over evenly spaced rows of f16, bf16 or f32, 16 bytes at a time. */
+#ifndef AC_CUDA_ROWWISE_H
+#define AC_CUDA_ROWWISE_H
+
+#include "cuda.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct ac_rowwise {
+    void *to;
+    const void *from; /* of a gate: [value|gate], twice as many columns; may be `to` otherwise */
+    ac_dtype dtype;
+    int64_t rows, columns;    /* of `to` */
+    int64_t to_row, from_row; /* elements from row to row */
+    ac_act act;
+} ac_rowwise;
+
+/* Columns, rows and addresses are multiples of 16 bytes, and there are fewer than 2^31 groups. */
+bool ac_rowwise_fits(const ac_rowwise *r);
+
+ac_status ac_cuda_act_rows(ac_lane *lane, const ac_rowwise *r);  /* act(x) */
+ac_status ac_cuda_gate_rows(ac_lane *lane, const ac_rowwise *r); /* value act(gate) */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,279 @@
+/* tune: see tune.h. */
+#include "tune.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static const char header[] = "accel tune 1";
+
+typedef struct entry {
+    char key[AC_TUNE_KEY], way[AC_TUNE_WAY];
+    double microseconds;
+} entry;
+
+struct ac_tune {
+    bool off;
+    char device[64];
+    char path[600]; /* empty: no file */
+    entry *entries; /* of all devices that the file knows */
+    int32_t count, capacity;
+};
+
+void
+ac_tune_free(ac_tune *tune)
+{
+    if (tune) {
+        ac_cuda_host->free(tune->entries);
+        ac_cuda_host->free(tune);
+    }
+}
+
+static const entry *
+find(const ac_tune *tune, const char *key)
+{
+    for (int32_t i = 0; i < tune->count; i++) {
+        if (strcmp(tune->entries[i].key, key) == 0) {
+            return &tune->entries[i];
+        }
+    }
+    return NULL;
+}
+
+static ac_status
+add(ac_tune *tune, const entry *e)
+{
+    entry *old = (entry *)find(tune, e->key);
+    if (old) { /* a way that is no more */
+        *old = *e;
+        return AC_OK;
+    }
+    AC_TRY(ac_cuda_heap_grow((void **)&tune->entries, tune->count, &tune->capacity, sizeof *e));
+    tune->entries[tune->count++] = *e;
+    return AC_OK;
+}
+
+/* ---- the file -------------------------------------------------------------------------------- */
+
+/* "key<tab>way<tab>microseconds" */
+static bool
+parse(char *line, entry *e)
+{
+    char *way = strchr(line, '\t'), *time = way ? strchr(way + 1, '\t') : NULL, *end = NULL;
+    if (!time || way - line >= AC_TUNE_KEY || time - way - 1 >= AC_TUNE_WAY) {
+        return false;
+    }
+    *way++ = *time++ = '\0';
+    memset(e, 0, sizeof *e);
+    snprintf(e->key, sizeof e->key, "%s", line);
+    snprintf(e->way, sizeof e->way, "%s", way);
+    e->microseconds = strtod(time, &end);
+    return *e->key && *e->way && end != time && *end == '\n' && isfinite(e->microseconds);
+}
+
+/* Adds what the file knows and we do not.  A file that is not ours throughout says nothing. */
+static ac_status
+read_file(ac_tune *tune)
+{
+    char line[AC_TUNE_KEY + AC_TUNE_WAY + 64];
+    entry e;
+    int32_t before = tune->count;
+    FILE *file = *tune->path ? fopen(tune->path, "re") : NULL;
+    if (!file) {
+        return AC_OK;
+    }
+    bool good = fgets(line, sizeof line, file) && strncmp(line, header, strlen(header)) == 0 &&
+                line[strlen(header)] == '\n';
+    ac_status status = AC_OK;
+    while (good && status == AC_OK && fgets(line, sizeof line, file)) {
+        good = parse(line, &e);
+        status = good && !find(tune, e.key) ? add(tune, &e) : AC_OK;
+    }
+    fclose(file);
+    if (!good) {
+        tune->count = before;
+        ac_cuda_log(1, "cuda: %s is damaged and was ignored", tune->path);
+    }
+    return status;
+}
+
+/* ~/.cache/accel is made; so is ACCEL_CACHE, its last part. */
+static void
+make_folders(const char *path)
+{
+    char folder[600];
+    for (const char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
+        snprintf(folder, sizeof folder, "%.*s", (int)(slash - path), path);
+        mkdir(folder, 0777);
+    }
+}
+
+/* A reader sees the old file or the new one.  What another process added meanwhile is kept, unless
+ * it writes at the same moment: then it measures again. */
+static ac_status
+write_file(ac_tune *tune)
+{
+    char temporary[640];
+    if (!*tune->path) {
+        return AC_OK;
+    }
+    AC_TRY(read_file(tune));
+    make_folders(tune->path);
+    snprintf(temporary, sizeof temporary, "%s.%ld", tune->path, (long)getpid());
+    FILE *file = fopen(temporary, "we");
+    bool good = file && fprintf(file, "%s\n", header) > 0;
+    for (int32_t i = 0; good && i < tune->count; i++) {
+        const entry *e = &tune->entries[i];
+        good = fprintf(file, "%s\t%s\t%.2f\n", e->key, e->way, e->microseconds) > 0;
+    }
+    good = file && fclose(file) == 0 && good;
+    if (!good || rename(temporary, tune->path) != 0) {
+        ac_cuda_log(1, "cuda: %s cannot be written (%s): the next process measures again",
+                    tune->path, strerror(errno));
+        unlink(temporary);
+        *tune->path = '\0'; /* once is enough */
+    }
+    return AC_OK;
+}
+
+static ac_status
+open_tune(const ac_lane *lane, ac_cuda_libraries *libraries)
+{
+    static struct cudaDeviceProp properties; /* 1 KB; under the libraries' lock */
+    const char *how = getenv("ACCEL_TUNE"), *cache = getenv("ACCEL_CACHE"), *home = getenv("HOME");
+    int device;
+    (void)lane;
+    if (libraries->tune) {
+        return AC_OK;
+    }
+    AC_CUDA(cudaGetDevice(&device));
+    AC_CUDA(cudaGetDeviceProperties(&properties, device));
+    AC_TRY(ac_cuda_heap(sizeof *libraries->tune, (void **)&libraries->tune));
+    ac_tune *tune = libraries->tune;
+    tune->off = how && strcmp(how, "off") == 0;
+    snprintf(tune->device, sizeof tune->device, "%.50s x%d", properties.name,
+             properties.multiProcessorCount);
+    if (tune->off) {
+        return AC_OK;
+    }
+    if (cache && *cache) {
+        snprintf(tune->path, sizeof tune->path, "%.500s/cuda-1.txt", cache);
+    } else if (home && *home) {
+        snprintf(tune->path, sizeof tune->path, "%.500s/.cache/accel/cuda-1.txt", home);
+    }
+    return read_file(tune);
+}
+
+/* ---- measuring ------------------------------------------------------------------------------- */
+
+typedef struct stopwatch {
+    cudaEvent_t from, to;
+} stopwatch;
+
+static ac_status
+time_runs(ac_lane *lane, const ac_tune_ways *ways, int32_t i, int times, stopwatch *watch,
+          float *milliseconds)
+{
+    AC_CUDA(cudaEventRecord(watch->from, lane->stream));
+    for (int k = 0; k < times; k++) {
+        AC_TRY(ways->run(ways->context, i));
+    }
+    AC_CUDA(cudaEventRecord(watch->to, lane->stream));
+    AC_TRY(ac_cuda_launched(lane, cudaEventSynchronize(watch->to), "a measured kernel"));
+    AC_CUDA(cudaEventElapsedTime(milliseconds, watch->from, watch->to));
+    *milliseconds /= (float)times;
+    return AC_OK;
+}
+
+/* The least of a few rounds; one that is far behind `best` gets no second one. */
+static ac_status
+measure(ac_lane *lane, const ac_tune_ways *ways, int32_t i, float best, stopwatch *watch,
+        float *least)
+{
+    float once;
+    *least = INFINITY;
+    AC_TRY(time_runs(lane, ways, i, 1, watch, &once)); /* loads the kernel */
+    AC_TRY(time_runs(lane, ways, i, 1, watch, &once));
+    int times = once > 2.0f ? 1 : once > 0.2f ? 3 : 8;
+    for (int round = 0; round < 3 && (round == 0 || *least < 1.2f * best); round++) {
+        AC_TRY(time_runs(lane, ways, i, times, watch, &once));
+        *least = fminf(*least, once);
+    }
+    return AC_OK;
+}
+
+static ac_status
+measure_all(ac_lane *lane, const ac_tune_ways *ways, stopwatch *watch, int32_t *best,
+            float *least)
+{
+    *least = INFINITY;
+    ac_status status = AC_OK, first = AC_OK;
+    for (int32_t i = 0; i < ways->count; i++) {
+        float time;
+        status = measure(lane, ways, i, *least, watch, &time);
+        first = i == 0 ? status : first;
+        if (status == AC_OK && time < *least) {
+            *least = time;
+            *best = i;
+        }
+    }
+    return isinf(*least) ? first : AC_OK;
+}
+
+static ac_status
+measure_new(ac_lane *lane, ac_tune *tune, const ac_tune_ways *ways, entry *e, int32_t *best)
+{
+    stopwatch watch = {NULL, NULL};
+    float least = 0.0f;
+    ac_status status = ac_cuda_check(cudaEventCreate(&watch.from), "cudaEventCreate");
+    if (status == AC_OK) {
+        status = ac_cuda_check(cudaEventCreate(&watch.to), "cudaEventCreate");
+    }
+    if (status == AC_OK) {
+        status = measure_all(lane, ways, &watch, best, &least);
+    }
+    if (watch.from) {
+        cudaEventDestroy(watch.from);
+    }
+    if (watch.to) {
+        cudaEventDestroy(watch.to);
+    }
+    AC_TRY(status);
+    ways->name(ways->context, *best, e->way);
+    e->microseconds = 1e3 * least;
+    ac_cuda_log(3, "cuda: %s: %s, %.1f us, of %d ways", e->key, e->way, e->microseconds,
+                ways->count);
+    AC_TRY(add(tune, e));
+    return write_file(tune);
+}
+
+ac_status
+ac_tune_choose(ac_lane *lane, ac_cuda_libraries *libraries, const ac_tune_ways *ways,
+               int32_t *best)
+{
+    entry e = {.microseconds = 0.0};
+    enum cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+    *best = 0;
+    AC_TRY(open_tune(lane, libraries));
+    ac_tune *tune = libraries->tune;
+    if (tune->off || ways->count < 2) {
+        return AC_OK;
+    }
+    snprintf(e.key, sizeof e.key, "%s: %s", tune->device, ways->key);
+    const entry *known = find(tune, e.key);
+    for (int32_t i = 0; known && i < ways->count; i++) {
+        char name[AC_TUNE_WAY];
+        ways->name(ways->context, i, name);
+        if (strcmp(name, known->way) == 0) {
+            *best = i;
+            return AC_OK;
+        }
+    }
+    AC_CUDA(cudaStreamIsCapturing(lane->stream, &capturing));
+    return capturing == cudaStreamCaptureStatusNone ? measure_new(lane, tune, ways, &e, best)
+                                                    : AC_OK;
+}
