@@ -12,7 +12,7 @@ OBJ     := $(CSRC:%.c=$(B)/%.o)
 CTESTS  := $(patsubst tests/c/%.c,$(B)/tests/%,$(wildcard tests/c/test_*.c))
 
 .PHONY: help lib check-c cuda test-gpu demo test test-install test-build test-run \
-        sanitize oom fuzz san-extension clean
+        sanitize tsan oom fuzz san-extension clean
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -134,7 +134,15 @@ OOM_TESTS   = $(patsubst tests/c/%.c,build/san/tests/%,$(shell grep -l test_oom 
 FUZZERS    := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 FUZZ_SECONDS ?= 60
 
-sanitize: ## C tests and torch-free Python tests under the address and undefined sanitizers
+TSAN       := -O1 -g -fno-omit-frame-pointer -fsanitize=thread
+TSAN_TESTS := $(addprefix build/tsan/tests/,test_life test_weights test_pool)
+
+tsan: ## the C tests with threads under the thread sanitizer
+	$(MAKE) --no-print-directory -j$(shell nproc) CFLAGS="$(TSAN)" B=build/tsan $(TSAN_TESTS)
+	@for t in $(TSAN_TESTS); do echo "== $$t"; \
+	    TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 $$t || exit 1; done
+
+sanitize: tsan ## C tests and torch-free Python tests under all sanitizers
 	$(SAN_RUN) $(call SAN_MAKE,,build/san) check-c
 	$(if $(TORCHFREE),$(call SAN_MAKE,,build/san) san-extension)
 	$(if $(TORCHFREE),$(SAN_PYTHON) $(PY) -c 'import accel; assert "build/san" in accel.__file__')
