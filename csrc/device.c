@@ -6,6 +6,7 @@
 #include "backend_cuda.h"
 #include "lock.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -121,9 +122,7 @@ ac_device_ref(ac_device *device)
 static void
 free_lane(ac_device *device, ac_device_lane *lane)
 {
-    if (lane->arena) {
-        device->backend->free(device->self, lane->arena);
-    }
+    ac_device_lane_shrink(device, lane);
     device->backend->lane_close(device->self, lane->lane);
     ac_free(lane);
 }
@@ -207,6 +206,7 @@ ac_status
 ac_device_lane_reserve(ac_device *device, ac_device_lane *lane, size_t arena,
                        size_t worker_scratch)
 {
+    static _Atomic uint64_t ids;
     if (device->backend->lane_reserve) {
         AC_TRY(device->backend->lane_reserve(device->self, lane->lane, worker_scratch));
     }
@@ -214,12 +214,32 @@ ac_device_lane_reserve(ac_device *device, ac_device_lane *lane, size_t arena,
         return AC_OK;
     }
     /* Freed first: the peak stays that of the larger plan alone. */
-    if (lane->arena) {
-        device->backend->free(device->self, lane->arena);
-        lane->arena = NULL;
-        lane->arena_bytes = 0;
-    }
+    ac_device_lane_shrink(device, lane);
     AC_TRY(device->backend->alloc(device->self, arena, &lane->arena));
     lane->arena_bytes = arena;
+    lane->arena_id = atomic_fetch_add(&ids, 1) + 1;
     return AC_OK;
+}
+
+void
+ac_device_lane_shrink(ac_device *device, ac_device_lane *lane)
+{
+    if (lane->arena) {
+        device->backend->free(device->self, lane->arena);
+    }
+    lane->arena = NULL;
+    lane->arena_bytes = 0;
+    lane->arena_id = 0;
+}
+
+void
+ac_device_trim(ac_device *device)
+{
+    ac_lock(&lock);
+    for (ac_device_lane *lane = device->lanes; lane; lane = lane->next) {
+        if (!lane->busy) {
+            ac_device_lane_shrink(device, lane);
+        }
+    }
+    ac_unlock(&lock);
 }

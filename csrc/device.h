@@ -9,7 +9,7 @@
 
 #include "kernel.h"
 
-#define AC_ABI 1 /* of ac_backend and everything it reaches; another number is refused */
+#define AC_ABI 2 /* of ac_backend and everything it reaches; another number is refused */
 
 typedef struct ac_host {
     uint32_t abi;
@@ -21,6 +21,13 @@ typedef struct ac_host {
 } ac_host;
 
 typedef struct ac_recording ac_recording;
+typedef struct ac_event ac_event;
+
+/* A queue of the caller's (CUDA: a cudaStream_t, NULL is the legacy default stream). */
+typedef struct ac_stream {
+    bool given; /* false: the lane's own */
+    void *handle;
+} ac_stream;
 
 typedef struct ac_backend {
     uint32_t abi;
@@ -43,11 +50,30 @@ typedef struct ac_backend {
     ac_status (*download)(void *self, ac_lane *lane, void *to, const void *from, size_t bytes);
     ac_status (*copy)(void *self, ac_lane *lane, void *to, const void *from, size_t bytes);
     ac_status (*sync)(void *self, ac_lane *lane);
-    /* Recording of launches for replay; all NULL where there is none (CPU, null). */
+    /* Streams; all NULL where a launch returns when its work is done (CPU, null).
+     * follow: the lane's work from now on is in the order of `stream`, and after what the lane did
+     * elsewhere before its last mark.  mark: ends a run.  wait: the lane's work from now on comes
+     * after the other lane's last mark. */
+    ac_status (*lane_follow)(void *self, ac_lane *lane, ac_stream stream);
+    ac_status (*lane_mark)(void *self, ac_lane *lane);
+    ac_status (*lane_wait)(void *self, ac_lane *lane, const ac_lane *other);
+    /* A point in a lane's work that the host can wait for; NULL with the three above. */
+    ac_status (*event_new)(void *self, ac_event **out);
+    void (*event_free)(void *self, ac_event *event);
+    ac_status (*event_record)(void *self, ac_lane *lane, ac_event *event);
+    ac_status (*event_wait)(void *self, ac_event *event);
+    /* Recording of launches for replay; all NULL where there is none (CPU, null).  What is
+     * launched in between does not run; a failed launch still takes its record_end. */
     ac_status (*record_begin)(void *self, ac_lane *lane);
     ac_status (*record_end)(void *self, ac_lane *lane, ac_recording **out);
     ac_status (*replay)(void *self, ac_lane *lane, ac_recording *recording);
     void (*record_free)(void *self, ac_recording *recording);
+
+    /* Points in time in a lane, by number from 0; inside a recording each replay takes them anew
+     * (a number's first use must be outside).  read: waits, then ms[i] from mark i to mark i+1.
+     * NULL where a launch returns when its work is done: the host's clock serves. */
+    ac_status (*time_mark)(void *self, ac_lane *lane, int32_t index);
+    ac_status (*time_read)(void *self, ac_lane *lane, int32_t count, double *ms);
 
     bool host_memory;   /* device memory is host memory: weights and inputs need no copy */
 } ac_backend;
@@ -57,6 +83,7 @@ typedef struct ac_device_lane {
     ac_lane *lane;
     void *arena;        /* device memory, as large as the largest plan that ran here needs */
     size_t arena_bytes;
+    uint64_t arena_id;  /* another one each time the arena moves: recordings hold addresses */
     bool busy;
     struct ac_device_lane *next;
 } ac_device_lane;
@@ -81,6 +108,10 @@ void ac_device_lane_give(ac_device *device, ac_device_lane *lane);
 /* Makes the lane's arena and its threads' scratch at least this large.  Not on the run path. */
 ac_status ac_device_lane_reserve(ac_device *device, ac_device_lane *lane, size_t arena,
                                  size_t worker_scratch);
+/* Frees the arena of a lane that the caller has taken. */
+void ac_device_lane_shrink(ac_device *device, ac_device_lane *lane);
+/* Frees the arenas of all lanes that nobody has taken (offload). */
+void ac_device_trim(ac_device *device);
 
 /* The backends that are linked in. */
 extern const ac_backend ac_backend_cpu, ac_backend_null;

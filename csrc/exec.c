@@ -1,27 +1,13 @@
 /* exec: binds addresses to a plan's offsets and launches its steps.
  *
  * Addresses are resolved at the start of every run (some 10 ns an operand): the lane, its arena,
- * the weights and the caller's tensors may all be others than last time. */
-#include "exec.h"
+ * the weights and the caller's tensors may all be others than last time.  A replayed section needs
+ * none of that. */
+#include "exec_internal.h"
 
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
-
-struct ac_exec {
-    const ac_plan *plan;
-    ac_weights *weights;
-    ac_device_lane *lane;    /* of the last run: preferred in the next, for warm caches */
-    void *keep;              /* plan->keep_bytes of device memory */
-    ac_tensor *bound;        /* one a graph value: the caller's inputs and outputs, weights */
-    bool *strided_ok;        /* one a graph value: an input whose readers take any strides */
-    ac_derived **derived;    /* plan->n_derived, owned by the weights */
-    ac_problem *problems;    /* plan->n_steps, with tensors of their own */
-    uint8_t *needed;         /* one a LOAD step: must run to derive */
-    uint64_t generation;     /* of the weights when `bound` was filled */
-    bool weights_bound;
-    bool ran;                /* slow sections hold results */
-    uint64_t prompt;
-    ac_arena memory;         /* of the arrays above */
-};
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
@@ -44,46 +30,25 @@ copy_problems(ac_exec *e)
     return AC_OK;
 }
 
-/* An input with gaps may be read only by kernels that take any strides. */
-static void
-find_strided(ac_exec *e)
-{
-    const ac_graph *g = e->plan->graph;
-    for (ac_val v = 0; v < g->n_values; v++) {
-        e->strided_ok[v] = g->values[v].kind == AC_VALUE_INPUT;
-    }
-    for (int32_t i = 0; i < g->n_nodes; i++) {
-        const ac_node *node = &g->nodes[i];
-        for (int32_t k = 0; k < node->n_inputs; k++) {
-            if (node->input[k] != AC_NONE && node->op != AC_OP_TO_NHWC) {
-                e->strided_ok[node->input[k]] = false;
-            }
-        }
-    }
-}
-
 static ac_status
 init(ac_exec *e)
 {
     const ac_plan *plan = e->plan;
+    const ac_backend *backend = plan->device->backend;
+    const char *graph = getenv("ACCEL_GRAPH");
     size_t values = (size_t)AC_MAX(plan->graph->n_values, 1);
     size_t steps = (size_t)AC_MAX(plan->n_steps, 1);
     e->bound = ac_arena_alloc(&e->memory, values * sizeof *e->bound);
-    e->strided_ok = ac_arena_alloc(&e->memory, values * sizeof *e->strided_ok);
-    e->derived = ac_arena_alloc(&e->memory, (size_t)AC_MAX(plan->n_derived, 1) *
-                                                sizeof *e->derived);
+    e->edges = ac_arena_alloc(&e->memory, values * sizeof *e->edges);
+    e->edge_at = ac_arena_alloc(&e->memory, values * sizeof *e->edge_at);
     e->problems = ac_arena_alloc(&e->memory, steps * sizeof *e->problems);
-    e->needed = ac_arena_alloc(&e->memory, steps);
-    if (!e->bound || !e->strided_ok || !e->derived || !e->problems || !e->needed) {
-        return ac_no_memory(values * sizeof *e->bound);
+    if (!e->bound || !e->edges || !e->edge_at || !e->problems) {
+        return ac_no_memory(values * sizeof *e->edges);
     }
-    find_strided(e);
-    AC_TRY(copy_problems(e));
-    if (plan->keep_bytes) {
-        ac_device *device = plan->device;
-        AC_TRY(device->backend->alloc(device->self, plan->keep_bytes, &e->keep));
-    }
-    return AC_OK;
+    AC_TRY(ac_exec_find_edges(e));
+    AC_TRY(ac_exec_find_weights(e));
+    e->can_record = backend->record_begin && !(graph && strcmp(graph, "off") == 0);
+    return copy_problems(e);
 }
 
 ac_status
@@ -105,15 +70,34 @@ ac_exec_new(const ac_plan *plan, ac_weights *weights, ac_exec **out)
     return AC_OK;
 }
 
+static void
+release(ac_exec *e, void **memory)
+{
+    if (*memory) {
+        e->plan->device->backend->free(e->plan->device->self, *memory);
+        *memory = NULL;
+    }
+}
+
+/* All that the exec holds on the device.  The next run makes it again. */
+static void
+release_all(ac_exec *e)
+{
+    ac_exec_forget_recording(e);
+    release(e, &e->keep);
+    release(e, &e->slots);
+    release(e, &e->extra);
+    e->extra_bytes = 0;
+    e->ran = false;
+}
+
 void
 ac_exec_free(ac_exec *e)
 {
     if (!e) {
         return;
     }
-    if (e->keep) {
-        e->plan->device->backend->free(e->plan->device->self, e->keep);
-    }
+    release_all(e);
     ac_weights_unref(e->weights);
     ac_arena_deinit(&e->memory);
     ac_free(e);
@@ -131,10 +115,24 @@ ac_exec_set_prompt(ac_exec *e, uint64_t token)
     e->prompt = token;
 }
 
+ac_status
+ac_exec_memory(ac_exec *e, size_t bytes, void **out)
+{
+    ac_device *device = e->plan->device;
+    if (bytes > e->extra_bytes) {
+        release(e, &e->extra);
+        e->extra_bytes = 0;
+        AC_TRY(device->backend->alloc(device->self, bytes, &e->extra));
+        e->extra_bytes = bytes;
+    }
+    *out = e->extra;
+    return AC_OK;
+}
+
 /* ---- binding --------------------------------------------------------------------------------- */
 
 static ac_status
-bind(ac_exec *e, ac_val v, const char *name, const ac_tensor *tensor)
+bind(ac_exec *e, ac_val v, const char *name, const ac_tensor *tensor, bool host)
 {
     const ac_graph *g = e->plan->graph;
     if (v == AC_NONE) {
@@ -151,122 +149,61 @@ bind(ac_exec *e, ac_val v, const char *name, const ac_tensor *tensor)
                         ac_shape_text(&tensor->shape, found),
                         ac_shape_text(&value->shape, expected));
     }
-    if (!ac_tensor_is_contiguous(tensor) && !e->strided_ok[v]) {
+    if (!ac_tensor_is_contiguous(tensor) && !e->edges[v].any_strides) {
         return ac_error(AC_E_INVALID, "%s: found a strided tensor, expected a contiguous one",
                         name);
     }
     if (!tensor->data) {
         return ac_error(AC_E_INVALID, "%s: found no data", name);
     }
-    e->bound[v] = *tensor;
+    e->edges[v].caller = *tensor;
+    e->edges[v].host = host && !ac_exec_on_host(e);
     return AC_OK;
 }
 
 ac_status
 ac_exec_bind(ac_exec *e, const char *name, const ac_tensor *tensor)
 {
-    return bind(e, ac_graph_find_input(e->plan->graph, name), name, tensor);
+    return bind(e, ac_graph_find_input(e->plan->graph, name), name, tensor, false);
 }
 
 ac_status
 ac_exec_bind_output(ac_exec *e, const char *name, const ac_tensor *tensor)
 {
-    return bind(e, ac_graph_find_output(e->plan->graph, name), name, tensor);
+    return bind(e, ac_graph_find_output(e->plan->graph, name), name, tensor, false);
+}
+
+ac_status
+ac_exec_bind_host(ac_exec *e, const char *name, const ac_tensor *tensor)
+{
+    return bind(e, ac_graph_find_input(e->plan->graph, name), name, tensor, true);
+}
+
+ac_status
+ac_exec_bind_output_host(ac_exec *e, const char *name, const ac_tensor *tensor)
+{
+    return bind(e, ac_graph_find_output(e->plan->graph, name), name, tensor, true);
 }
 
 void
 ac_exec_unbind(ac_exec *e)
 {
-    const ac_graph *g = e->plan->graph;
-    for (ac_val v = 0; v < g->n_values; v++) {
-        if (g->values[v].kind == AC_VALUE_INPUT || g->values[v].output) {
-            e->bound[v].data = NULL;
-        }
+    for (int32_t i = 0; i < e->n_edges; i++) {
+        e->edges[e->edge_at[i]].caller.data = NULL;
     }
 }
 
 static ac_status
-bind_weight(ac_exec *e, ac_val v)
-{
-    const ac_value *value = &e->plan->graph->values[v];
-    const ac_tensor *source = e->weights ? ac_weights_find(e->weights, value->name) : NULL;
-    if (!source) {
-        return ac_error(AC_E_WEIGHTS, "%s: missing", value->name);
-    }
-    if (source->dtype != value->dtype || ac_tensor_count(source) != ac_shape_count(&value->shape)) {
-        return ac_error(AC_E_INTERNAL, "%s: its dtype or shape changed under a plan", value->name);
-    }
-    e->bound[v] = ac_tensor_of(source->data, source->dtype, value->shape);
-    return AC_OK;
-}
-
-/* A source that was re-bound with another dtype may want another size than last time. */
-static ac_status
-derived_memory(ac_device *device, ac_derived *d, size_t bytes)
-{
-    if (d->data && d->bytes != bytes) {
-        device->backend->free(device->self, d->data);
-        d->data = NULL;
-    }
-    if (!d->data) {
-        d->valid = false;
-        d->bytes = 0;
-        AC_TRY(device->backend->alloc(device->self, bytes, &d->data));
-        d->bytes = bytes;
-    }
-    return AC_OK;
-}
-
-/* A weight on the host, for a device that cannot read there: its copy is a derived weight. */
-static ac_status
-upload_weight(ac_exec *e, ac_device_lane *lane, ac_val v)
-{
-    ac_device *device = e->plan->device;
-    const char *name = e->plan->graph->values[v].name;
-    ac_derived *copy;
-    ac_text text = {0};
-    ac_text_printf(&text, "upload(%s)", name);
-    char *made = ac_text_take(&text);
-    if (!made) {
-        return ac_no_memory(text.length);
-    }
-    ac_status status = ac_weights_derived(e->weights, made, &name, 1, &copy);
-    ac_free(made);
-    AC_TRY(status);
-    AC_TRY(derived_memory(device, copy, ac_tensor_bytes(&e->bound[v])));
-    if (!copy->valid) {
-        copy->checksum = ac_weights_checksum(e->weights, &name, 1);
-        AC_TRY(device->backend->upload(device->self, lane->lane, copy->data, e->bound[v].data,
-                                       copy->bytes));
-        AC_TRY(device->backend->sync(device->self, lane->lane)); /* other lanes read it too */
-        copy->valid = true;
-    }
-    e->bound[v].data = copy->data;
-    return AC_OK;
-}
-
-static ac_status
-bind_weights(ac_exec *e, ac_device_lane *lane)
+check_bound(const ac_exec *e)
 {
     const ac_graph *g = e->plan->graph;
-    bool upload = !e->plan->device->backend->host_memory;
-    uint64_t generation = e->weights ? ac_weights_generation(e->weights) : 0;
-    if (e->weights_bound && generation == e->generation && !upload) {
-        return AC_OK;
-    }
-    for (ac_val v = 0; v < g->n_values; v++) {
-        if (g->values[v].kind == AC_VALUE_WEIGHT) {
-            AC_TRY(bind_weight(e, v));
-            if (upload) {
-                AC_TRY(upload_weight(e, lane, v));
-            }
+    for (int32_t i = 0; i < e->n_edges; i++) {
+        ac_val v = e->edge_at[i];
+        if (!e->edges[v].caller.data) {
+            return ac_error(AC_E_INVALID, "%s: missing",
+                            g->values[v].output ? g->values[v].output : g->values[v].name);
         }
     }
-    if (!e->weights_bound || generation != e->generation) {
-        e->ran = false;
-    }
-    e->weights_bound = true;
-    e->generation = generation;
     return AC_OK;
 }
 
@@ -297,15 +234,25 @@ address(const ac_exec *e, const ac_device_lane *lane, ac_ref ref)
     return base ? base + ref.offset : NULL;
 }
 
-static void
-resolve(ac_exec *e, const ac_device_lane *lane, int32_t s)
+/* Strides that the plan could not know: a caller's, and those of a weight in [o, h, w, i] order. */
+static bool
+has_own_strides(const ac_exec *e, const ac_tensor *operand, ac_ref ref)
+{
+    return (ref.space == AC_SPACE_INPUT && e->edges[ref.index].any_strides) ||
+           (ref.space == AC_SPACE_WEIGHT && operand->shape.rank == 4 &&
+            e->bound[ref.index].shape.rank == 4 &&
+            ac_shape_equal(&operand->shape, &e->bound[ref.index].shape));
+}
+
+void
+ac_exec_resolve(ac_exec *e, const ac_device_lane *lane, int32_t s)
 {
     const ac_step *step = &e->plan->steps[s];
     ac_problem *problem = &e->problems[s];
     for (int32_t k = 0; k < problem->n_inputs; k++) {
         ac_ref ref = step->input[k];
         problem->input[k].data = address(e, lane, ref);
-        if (ref.space == AC_SPACE_INPUT && e->strided_ok[ref.index]) {
+        if (has_own_strides(e, &problem->input[k], ref)) {
             memcpy(problem->input[k].stride, e->bound[ref.index].stride,
                    sizeof problem->input[k].stride);
         }
@@ -313,8 +260,8 @@ resolve(ac_exec *e, const ac_device_lane *lane, int32_t s)
     problem->output.data = address(e, lane, step->output);
 }
 
-static ac_status
-launch(ac_exec *e, ac_device_lane *lane, int32_t s)
+ac_status
+ac_exec_launch(ac_exec *e, ac_device_lane *lane, int32_t s)
 {
     const ac_step *step = &e->plan->steps[s];
     void *scratch = step->scratch ? (char *)lane->arena + step->scratch_offset : NULL;
@@ -327,163 +274,143 @@ launch(ac_exec *e, ac_device_lane *lane, int32_t s)
     return AC_OK;
 }
 
-/* ---- derived weights ------------------------------------------------------------------------- */
-
-/* Marks the LOAD steps to run: those whose results are missing, and what they come from, up to
- * weights and to derived values that are there. */
-static void
-mark_needed(ac_exec *e)
-{
-    const ac_plan *plan = e->plan;
-    const ac_graph *g = plan->graph;
-    memset(e->needed, 0, (size_t)AC_MAX(plan->n_steps, 1));
-    for (int32_t i = 0; i < plan->n_derived; i++) {
-        if (!e->derived[i]->valid && !plan->derived[i].prepare) {
-            e->needed[plan->step_of[g->values[plan->derived[i].value].node]] = 1;
-        }
-    }
-    for (int32_t s = plan->first[AC_RATE_PROMPT] - 1; s >= 0; s--) {
-        const ac_step *step = &plan->steps[s];
-        for (int32_t k = 0; e->needed[s] && k < step->problem.n_inputs; k++) {
-            if (step->input[k].space != AC_SPACE_ARENA) {
-                continue; /* a weight, or derived by itself */
-            }
-            const ac_node *from = ac_producer(g, g->nodes[step->node].input[k]);
-            while (ac_op_is_view(from->op)) {
-                from = ac_producer(g, from->input[0]);
-            }
-            e->needed[plan->step_of[from - g->nodes]] = 1;
-        }
-    }
-}
-
 static ac_status
-allocate_derived(ac_exec *e, int32_t i)
+launch_steps(ac_exec *e, ac_device_lane *lane, int32_t first, int32_t end)
 {
-    const ac_plan_derived *want = &e->plan->derived[i];
-    ac_device *device = e->plan->device;
-    if (!e->derived[i]) {
-        AC_TRY(ac_weights_derived(e->weights, want->key, want->source, want->n_sources,
-                                  &e->derived[i]));
+    for (int32_t s = first; s < end; s++) {
+        ac_exec_resolve(e, lane, s);
+        AC_TRY(ac_exec_launch(e, lane, s));
     }
-    return derived_memory(device, e->derived[i], want->bytes);
+    return AC_OK;
 }
 
-static ac_status
-prepare_weight(ac_exec *e, ac_device_lane *lane, int32_t i)
+ac_status
+ac_exec_launch_step(ac_exec *e, ac_device_lane *lane, const ac_run *run)
 {
-    const ac_step *step = e->plan->derived[i].prepare;
-    int32_t s = (int32_t)(step - e->plan->steps);
-    resolve(e, lane, s);
-    return step->kernel->prepare(lane->lane, &e->problems[s], e->derived[i]->data);
-}
-
-/* Before the sources are read: what changes while they are shows at the next check. */
-static void
-take_checksums(ac_exec *e)
-{
-    for (int32_t i = 0; i < e->plan->n_derived; i++) {
-        ac_derived *d = e->derived[i];
-        if (!d->valid) {
-            d->checksum = ac_weights_checksum(e->weights, d->source, d->n_sources);
-        }
+    if (run->before) {
+        AC_TRY(run->before(run->arg, lane));
     }
-}
-
-static ac_status
-derive_locked(ac_exec *e, ac_device_lane *lane)
-{
-    const ac_plan *plan = e->plan;
-    bool all_valid = true;
-    for (int32_t i = 0; i < plan->n_derived; i++) {
-        AC_TRY(allocate_derived(e, i));
-        all_valid = all_valid && e->derived[i]->valid;
-    }
-    if (all_valid) {
-        return AC_OK;
-    }
-    mark_needed(e);
-    take_checksums(e);
-    for (int32_t s = plan->first[AC_RATE_LOAD]; s < plan->first[AC_RATE_PROMPT]; s++) {
-        if (e->needed[s]) {
-            resolve(e, lane, s);
-            AC_TRY(launch(e, lane, s));
-        }
-    }
-    for (int32_t i = 0; i < plan->n_derived; i++) {
-        ac_derived *d = e->derived[i];
-        if (d->valid) {
-            continue;
-        }
-        if (plan->derived[i].prepare) {
-            AC_TRY(prepare_weight(e, lane, i));
-        }
-        d->valid = true;
-    }
-    e->ran = false;
-    /* Other lanes take what is valid without waiting for this one. */
-    return plan->device->backend->sync(plan->device->self, lane->lane);
-}
-
-static ac_status
-derive(ac_exec *e, ac_device_lane *lane)
-{
-    if (!e->weights) {
-        return bind_weights(e, lane);
-    }
-    ac_weights_make_begin(e->weights);
-    ac_status status = bind_weights(e, lane);
-    if (status == AC_OK) {
-        status = derive_locked(e, lane);
-    }
-    ac_weights_make_end(e->weights);
-    return status;
+    AC_TRY(launch_steps(e, lane, e->plan->first[AC_RATE_STEP], e->plan->n_steps));
+    return run->after ? run->after(run->arg, lane) : AC_OK;
 }
 
 /* ---- run ------------------------------------------------------------------------------------- */
 
 static ac_status
-check_bound(const ac_exec *e)
-{
-    const ac_graph *g = e->plan->graph;
-    for (ac_val v = 0; v < g->n_values; v++) {
-        bool edge = g->values[v].kind == AC_VALUE_INPUT || g->values[v].output;
-        if (edge && !e->bound[v].data) {
-            return ac_error(AC_E_INVALID, "%s: missing",
-                            g->values[v].output ? g->values[v].output : g->values[v].name);
-        }
-    }
-    return AC_OK;
-}
-
-static ac_status
-run_on(ac_exec *e, ac_device_lane *lane, ac_rate from)
+run_on(ac_exec *e, ac_device_lane *lane, const ac_run *run)
 {
     const ac_plan *plan = e->plan;
-    AC_TRY(ac_device_lane_reserve(plan->device, lane, plan->arena_bytes, plan->worker_scratch));
-    AC_TRY(derive(e, lane));
-    ac_rate start = e->ran ? AC_MAX(from, AC_RATE_PROMPT) : AC_RATE_PROMPT;
-    e->ran = false;
-    for (int32_t s = plan->first[start]; s < plan->n_steps; s++) {
-        resolve(e, lane, s);
-        AC_TRY(launch(e, lane, s));
+    ac_device *device = plan->device;
+    AC_TRY(ac_device_lane_reserve(device, lane, plan->arena_bytes, plan->worker_scratch));
+    if (plan->keep_bytes && !e->keep) {
+        AC_TRY(device->backend->alloc(device->self, plan->keep_bytes, &e->keep));
     }
+    AC_TRY(ac_exec_derive(e, lane));
+    AC_TRY(ac_exec_place_edges(e, run));
+    ac_rate start = e->ran ? AC_MAX(run->from, AC_RATE_PROMPT) : AC_RATE_PROMPT;
+    e->ran = false;
+    AC_TRY(ac_exec_copy_in(e, lane));
+    if (start < AC_RATE_STEP) {
+        AC_TRY(launch_steps(e, lane, plan->first[start], plan->first[AC_RATE_STEP]));
+    }
+    AC_TRY(ac_exec_step(e, lane, run));
+    AC_TRY(ac_exec_copy_out(e, lane));
     e->ran = true;
     return AC_OK;
 }
 
+static size_t
+derived_bytes(const ac_exec *e)
+{
+    size_t bytes = 0;
+    for (int32_t i = 0; i < e->plan->n_derived; i++) {
+        bytes += e->plan->derived[i].bytes;
+    }
+    return bytes;
+}
+
+/* The run's place among other work: after the exec's last run, in the order of the stream. */
+static ac_status
+enter_lane(ac_exec *e, ac_device_lane *lane, const ac_run *run)
+{
+    const ac_device *device = e->plan->device;
+    ac_device_lane *last = e->lane;
+    e->lane = lane;
+    if (!device->backend->lane_follow) {
+        return AC_OK;
+    }
+    AC_TRY(device->backend->lane_follow(device->self, lane->lane, run->stream));
+    if (last && last != lane) {
+        AC_TRY(device->backend->lane_wait(device->self, lane->lane, last->lane));
+    }
+    return AC_OK;
+}
+
+/* What is queued may still use the caller's tensors, and memory that goes now. */
+static ac_status
+leave_failed(ac_exec *e, ac_device_lane *lane, ac_status status)
+{
+    ac_device *device = e->plan->device;
+    const ac_plan *plan = e->plan;
+    char message[1024];
+    snprintf(message, sizeof message, "%s", ac_error_message());
+    if (!ac_exec_on_host(e)) {
+        device->backend->sync(device->self, lane->lane);
+    }
+    if (status == AC_E_MEMORY) {
+        release_all(e);
+        ac_device_lane_shrink(device, lane);
+        return ac_error(status, "%s; this plan takes %zu bytes for activations, %zu between runs "
+                                "and %zu for derived weights", message, plan->arena_bytes,
+                        plan->keep_bytes + e->slot_bytes, derived_bytes(e));
+    }
+    return ac_error(status, "%s", message);
+}
+
+static ac_status
+leave(ac_exec *e, ac_device_lane *lane, const ac_run *run)
+{
+    const ac_device *device = e->plan->device;
+    if (device->backend->lane_mark) {
+        AC_TRY(device->backend->lane_mark(device->self, lane->lane));
+    }
+    bool wait = !run->queue && (!run->stream.given || ac_exec_has_host_output(e));
+    return wait && !ac_exec_on_host(e) ? device->backend->sync(device->self, lane->lane) : AC_OK;
+}
+
 ac_status
-ac_exec_run(ac_exec *e, ac_rate from)
+ac_exec_run_with(ac_exec *e, const ac_run *run)
 {
     ac_device *device = e->plan->device;
     ac_device_lane *lane;
     AC_TRY(check_bound(e));
     AC_TRY(ac_device_lane_take(device, e->lane, &lane));
-    e->lane = lane;
-    ac_status status = run_on(e, lane, from);
+    ac_status status = enter_lane(e, lane, run);
+    if (status == AC_OK) {
+        status = run_on(e, lane, run);
+    }
+    status = status < 0 ? leave_failed(e, lane, status) : leave(e, lane, run);
     ac_device_lane_give(device, lane);
     if (status < 0) {
         e->prompt = 0;
     }
     return status;
+}
+
+ac_status
+ac_exec_run_on(ac_exec *e, ac_rate from, ac_stream stream)
+{
+    return ac_exec_run_with(e, &(ac_run){.from = from, .stream = stream});
+}
+
+ac_status
+ac_exec_run(ac_exec *e, ac_rate from)
+{
+    return ac_exec_run_with(e, &(ac_run){.from = from});
+}
+
+int64_t
+ac_exec_replays(const ac_exec *e)
+{
+    return e->replays;
 }

@@ -19,6 +19,7 @@ typedef struct entry {
     ac_tensor tensor;
     void (*deleter)(void *cookie);
     void *cookie;
+    bool device;       /* in the device's memory: the host cannot read it */
     bool constant;     /* its bytes never change: one reading of them is enough */
     bool hashed;       /* `hash` holds: for ever when constant, else within one ac_weights_check */
     uint64_t hash;
@@ -122,8 +123,20 @@ reserve(void ***table, int32_t count, int32_t *capacity)
 
 /* ---- sources -------------------------------------------------------------------------------- */
 
+/* [o, i, h, w] whose bytes are in the order o, h, w, i. */
+static bool
+is_channels_last(const ac_tensor *t)
+{
+    if (t->shape.rank != 4) {
+        return false;
+    }
+    const int64_t *dim = t->shape.dim, *stride = t->stride;
+    return stride[1] == 1 && stride[3] == dim[1] && stride[2] == dim[3] * dim[1] &&
+           stride[0] == dim[2] * dim[3] * dim[1];
+}
+
 static ac_status
-check_binding(const char *name, const ac_tensor *tensor)
+check_binding(const char *name, const ac_tensor *tensor, bool device)
 {
     char text[AC_SHAPE_TEXT];
     if (!name || !*name) {
@@ -142,7 +155,7 @@ check_binding(const char *name, const ac_tensor *tensor)
         return ac_error(AC_E_SHAPE, "%s: found shape %s, expected dimensions whose product fits",
                         name, ac_shape_text(&tensor->shape, text));
     }
-    if (count > 0 && !ac_tensor_is_contiguous(tensor)) {
+    if (count > 0 && !ac_tensor_is_contiguous(tensor) && !(device && is_channels_last(tensor))) {
         return ac_error(AC_E_INVALID, "%s: found a strided tensor, expected a contiguous one",
                         name);
     }
@@ -201,7 +214,7 @@ static ac_status
 bind_locked(ac_weights *weights, const char *name, const entry *binding, entry *old)
 {
     *old = *binding;
-    AC_TRY(check_binding(name, &binding->tensor));
+    AC_TRY(check_binding(name, &binding->tensor, binding->device));
     entry *e = find_locked(weights, name);
     if (e && binding->constant) {
         return ac_error(AC_E_FORMAT, "tensor \"%s\": found a second time, expected it once", name);
@@ -237,6 +250,24 @@ ac_weights_set(ac_weights *weights, const char *name, const ac_tensor *tensor,
 {
     entry binding = {.tensor = *tensor, .deleter = deleter, .cookie = cookie};
     return bind(weights, name, &binding);
+}
+
+ac_status
+ac_weights_set_device(ac_weights *weights, const char *name, const ac_tensor *tensor,
+                      void (*deleter)(void *cookie), void *cookie)
+{
+    entry binding = {.tensor = *tensor, .deleter = deleter, .cookie = cookie, .device = true};
+    return bind(weights, name, &binding);
+}
+
+bool
+ac_weights_on_device(const ac_weights *weights, const char *name)
+{
+    lock(weights);
+    const entry *e = find_locked(weights, name);
+    bool device = e && e->device;
+    unlock(weights);
+    return device;
 }
 
 ac_status
@@ -366,6 +397,9 @@ hash_bytes(const void *data, size_t bytes)
 static uint64_t
 hash_entry(entry *e)
 {
+    if (e->device) {
+        return (uint64_t)(uintptr_t)e->tensor.data;
+    }
     if (!e->hashed) {
         e->hash = hash_bytes(e->tensor.data, ac_tensor_bytes(&e->tensor));
         e->hashed = e->constant;
@@ -553,12 +587,13 @@ ac_weights_drop_derived(ac_weights *weights)
         ac_derived *d = weights->derived[i];
         void *data = d->data, *self = weights->release_self;
         void (*release)(void *, void *) = weights->release;
+        bool own = !d->borrowed;
         d->data = NULL;
         d->bytes = 0;
-        d->valid = false;
+        d->valid = d->borrowed = false;
         atomic_fetch_add(&weights->generation, data != NULL);
         unlock(weights);
-        if (data && release) {
+        if (data && own && release) {
             release(self, data);
         }
     }

@@ -25,6 +25,13 @@ void ac_weights_unref(ac_weights *weights); /* the last one calls every deleter 
  * when this call fails.  An entry keeps its index; what was derived from it becomes invalid. */
 ac_status ac_weights_set(ac_weights *weights, const char *name, const ac_tensor *tensor,
                          void (*deleter)(void *cookie), void *cookie);
+/* The same for a tensor in the memory of the device that runs the models: checksums do not read it
+ * (who changes it in place says so with ac_weights_invalidate), and nothing is uploaded.  A
+ * rank-4 tensor may be dense in the order [o, h, w, i] (channels_last): no copy is made where a
+ * kernel wants that order. */
+ac_status ac_weights_set_device(ac_weights *weights, const char *name, const ac_tensor *tensor,
+                                void (*deleter)(void *cookie), void *cookie);
+bool ac_weights_on_device(const ac_weights *weights, const char *name);
 /* Adds a tensor whose bytes never change, so that checksums read it only once.  A name that is
  * there already raises. */
 ac_status ac_weights_add_constant(ac_weights *weights, const char *name, const ac_tensor *tensor,
@@ -63,6 +70,7 @@ typedef struct ac_derived {
     int32_t n_sources;
     const char *const *source; /* names of weights */
     uint64_t checksum;         /* of the sources just before it was made */
+    bool borrowed;             /* `data` is the sources' own memory, which has this form already */
 } ac_derived;
 
 /* Finds or adds the entry for `key`; a new one has data NULL and valid false.  The entry lives as

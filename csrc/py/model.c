@@ -127,17 +127,39 @@ typedef struct call {
     ac_build_args args;
     ac_py_dict inputs, outputs;
     unsigned long long prompt; /* token, 0: none */
+    ac_stream stream;
 } call;
+
+/* Tensors of the model's own device are used where they lie, those of the host copied by the exec
+ * where the device cannot read there. */
+static ac_status
+bind_one(const call *c, ac_exec *exec, const ac_py_named *item, bool output)
+{
+    const ac_device *device = ac_model_device(c->model);
+    const ac_py_view *view = &item->view;
+    if (!view->device) {
+        return (output ? ac_exec_bind_output_host : ac_exec_bind_host)(exec, item->text,
+                                                                       &view->tensor);
+    }
+    if (device->backend->host_memory) {
+        return ac_error(AC_E_DEVICE, "%.128s: found a tensor on cuda:%d, expected one in host "
+                                     "memory", item->text, view->device_index);
+    }
+    if (view->device_index != device->index) {
+        return ac_error(AC_E_DEVICE, "%.128s: found a tensor on cuda:%d, expected one on cuda:%d",
+                        item->text, view->device_index, device->index);
+    }
+    return (output ? ac_exec_bind_output : ac_exec_bind)(exec, item->text, &view->tensor);
+}
 
 static ac_status
 bind_all(const call *c, ac_exec *exec)
 {
     for (Py_ssize_t i = 0; i < c->inputs.count; i++) {
-        AC_TRY(ac_exec_bind(exec, c->inputs.item[i].text, &c->inputs.item[i].view.tensor));
+        AC_TRY(bind_one(c, exec, &c->inputs.item[i], false));
     }
     for (Py_ssize_t i = 0; i < c->outputs.count; i++) {
-        AC_TRY(ac_exec_bind_output(exec, c->outputs.item[i].text,
-                                   &c->outputs.item[i].view.tensor));
+        AC_TRY(bind_one(c, exec, &c->outputs.item[i], true));
     }
     return AC_OK;
 }
@@ -151,7 +173,7 @@ run(const call *c)
     if (status == AC_OK) {
         bool cached = c->prompt && ac_exec_prompt(exec) == c->prompt;
         ac_exec_set_prompt(exec, 0);
-        status = ac_exec_run(exec, cached ? AC_RATE_SCHEDULE : AC_RATE_PROMPT);
+        status = ac_exec_run_on(exec, cached ? AC_RATE_SCHEDULE : AC_RATE_PROMPT, c->stream);
     }
     if (status == AC_OK) {
         ac_exec_set_prompt(exec, c->prompt);
@@ -173,19 +195,38 @@ check_outputs(ac_py_state *state, const ac_py_dict *outputs)
     return 0;
 }
 
+/* None: the model's own; an int: a cudaStream_t, 0 the legacy default stream. */
+static int
+read_stream(ac_py_state *state, PyObject *object, ac_stream *out)
+{
+    if (object == Py_None) {
+        return 0;
+    }
+    unsigned long long handle = PyLong_Check(object) ? PyLong_AsUnsignedLongLong(object)
+                                                     : (unsigned long long)-1;
+    if (handle == (unsigned long long)-1) {
+        PyErr_Clear();
+        ac_py_error(state, AC_E_INVALID, "stream: expected None or the number of a CUDA stream");
+        return -1;
+    }
+    *out = (ac_stream){.given = true, .handle = (void *)(uintptr_t)handle};
+    return 0;
+}
+
 static PyObject *
 model_run(PyObject *self, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"args", "inputs", "outputs", "prompt_token", NULL};
-    PyObject *build, *inputs, *outputs;
+    static char *names[] = {"args", "inputs", "outputs", "prompt_token", "stream", NULL};
+    PyObject *build, *inputs, *outputs, *stream = Py_None;
     call c = {.model = of(self)};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO|K:run", names, &build, &inputs, &outputs,
-                                     &c.prompt)) {
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO|KO:run", names, &build, &inputs,
+                                     &outputs, &c.prompt, &stream)) {
         return NULL;
     }
     ac_py_state *state = ac_py_state_of(self);
     ac_status status = AC_OK;
     bool ready = ac_py_build_args(state, build, &c.args) == 0 &&
+                 read_stream(state, stream, &c.stream) == 0 &&
                  ac_py_dict_import(state, inputs, &c.inputs) == 0 &&
                  ac_py_dict_import(state, outputs, &c.outputs) == 0 &&
                  check_outputs(state, &c.outputs) == 0;
@@ -273,9 +314,11 @@ static PyMethodDef methods[] = {
      PyDoc_STR("io(args)\n--\n\nInputs and outputs for these args: (name, shape, dtype, "
                "is_output).")},
     {"run", (PyCFunction)(void (*)(void))model_run, METH_VARARGS | METH_KEYWORDS,
-     PyDoc_STR("run(args, inputs, outputs, prompt_token=0)\n--\n\nRuns once, in place into the "
-               "outputs.  An equal token not 0 says that the inputs of rate \"prompt\" and the "
-               "weights are those of the earlier run.")},
+     PyDoc_STR("run(args, inputs, outputs, prompt_token=0, stream=None)\n--\n\nRuns once, in place "
+               "into the outputs.  An equal token not 0 says that the inputs of rate \"prompt\" "
+               "and the weights are those of the earlier run.  A model on a GPU takes tensors of "
+               "that GPU and of the host.  With a stream (torch's cuda_stream) the work is queued "
+               "there, and waited for only where a result goes to the host.")},
     {"explain", (PyCFunction)(void (*)(void))model_explain, METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("explain(args, json=False, passes=False)\n--\n\nThe plan as text or JSON; with "
                "passes the graph as built and after each pass before it.")},

@@ -47,16 +47,20 @@ PyObject *ac_py_error(ac_py_state *state, ac_status status, const char *format, 
 
 /* ---- tensor.c, dlpack.c ---------------------------------------------------------------------- */
 
-/* Somebody's tensor in host memory, borrowed until ac_py_view_release. */
+/* Somebody's tensor, borrowed until ac_py_view_release. */
 typedef struct ac_py_view {
     ac_tensor tensor;
+    bool device;          /* in the memory of a GPU, not the host's */
+    int32_t device_index; /* of that GPU */
     bool readonly;
     void *owner;   /* DLManagedTensor, DLManagedTensorVersioned or Py_buffer; see tensor.c */
     void (*release)(void *owner);
 } ac_py_view;
 
-/* Reads an object with __dlpack__ or the buffer protocol; `what` names it in errors.  0 or -1. */
+/* Reads an object with __dlpack__ or the buffer protocol; `what` names it in errors.  0 or -1.
+ * The first refuses tensors that are not in host memory; with the second the caller looks. */
 int ac_py_view_import(ac_py_state *state, PyObject *object, const char *what, ac_py_view *out);
+int ac_py_view_import_any(ac_py_state *state, PyObject *object, const char *what, ac_py_view *out);
 void ac_py_view_release(ac_py_view *view); /* with the GIL; twice is fine */
 
 int ac_py_add_tensor(PyObject *module);

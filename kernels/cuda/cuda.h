@@ -19,8 +19,14 @@ typedef struct ac_cuda_libraries ac_cuda_libraries; /* library.c's; one a device
 
 /* A stream, and the device it belongs to. */
 struct ac_lane {
-    cudaStream_t stream;
+    cudaStream_t stream; /* where work goes now: own, or the caller's */
+    cudaStream_t own;
+    cudaEvent_t last;    /* end of the lane's last run */
+    bool marked;         /* `last` was recorded */
+    cudaStream_t outside; /* while recording, which goes to `own`: where work went before */
     ac_cuda_device *device; /* borrowed: lanes are closed before it */
+    cudaEvent_t *times;     /* time_mark's, made at a number's first use */
+    int32_t n_times;
     bool recording;         /* between record_begin and record_end: nothing may wait */
 };
 

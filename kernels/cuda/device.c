@@ -22,6 +22,10 @@ struct ac_recording {
     cudaGraphExec_t graph;
 };
 
+struct ac_event {
+    cudaEvent_t event;
+};
+
 const ac_host *ac_cuda_host;
 
 ac_status
@@ -163,6 +167,29 @@ allowed_arch(int arch)
     return forced > 0 && forced < arch ? forced : arch;
 }
 
+/* Measured with cuBLASLt, cuDNN and a copy; f32 without TF32 is computed from the clock. */
+static const struct {
+    const char *name;
+    double half_flops, float_flops, bandwidth;
+} peaks[] = {
+    {"NVIDIA H200", 790e12, 60e12, 4.3e12},
+};
+
+static ac_status
+read_peaks(int32_t index, ac_caps *caps)
+{
+    struct cudaDeviceProp properties;
+    AC_CUDA(cudaGetDeviceProperties(&properties, index));
+    for (size_t i = 0; i < AC_ARRAY_LEN(peaks); i++) {
+        if (strncmp(properties.name, peaks[i].name, strlen(peaks[i].name)) == 0) {
+            caps->half_flops = peaks[i].half_flops;
+            caps->float_flops = peaks[i].float_flops;
+            caps->bandwidth = peaks[i].bandwidth;
+        }
+    }
+    return AC_OK;
+}
+
 static ac_status
 cuda_open(int32_t index, void **self, ac_caps *caps)
 {
@@ -186,6 +213,7 @@ cuda_open(int32_t index, void **self, ac_caps *caps)
     const char *sync = getenv("ACCEL_SYNC");
     *device = (ac_cuda_device){.index = index, .sync = sync && strcmp(sync, "1") == 0};
     *caps = (ac_caps){.isa = allowed_arch(major * 10 + minor), .workers = processors};
+    AC_TRY(read_peaks(index, caps));
     *self = device;
     return AC_OK;
 }
@@ -264,6 +292,21 @@ cuda_copy(void *self, ac_lane *lane, void *to, const void *from, size_t bytes)
 
 /* ---- lanes ----------------------------------------------------------------------------------- */
 
+static cudaError_t
+open_lane(ac_lane *lane)
+{
+    cudaError_t status = cudaStreamCreateWithFlags(&lane->own, cudaStreamNonBlocking);
+    if (status != cudaSuccess) {
+        return status;
+    }
+    status = cudaEventCreateWithFlags(&lane->last, cudaEventDisableTiming);
+    if (status != cudaSuccess) {
+        cudaStreamDestroy(lane->own);
+    }
+    lane->stream = lane->own;
+    return status;
+}
+
 static ac_status
 cuda_lane_open(void *self, ac_lane **out)
 {
@@ -275,8 +318,7 @@ cuda_lane_open(void *self, ac_lane **out)
     *lane = (ac_lane){.device = self};
     ac_status status = enter(self, &previous);
     if (status == AC_OK) {
-        cudaError_t made = cudaStreamCreateWithFlags(&lane->stream, cudaStreamNonBlocking);
-        status = leave(self, previous, check(self, made, "cudaStreamCreateWithFlags"));
+        status = leave(self, previous, check(self, open_lane(lane), "cudaStreamCreateWithFlags"));
     }
     if (status < 0) {
         ac_cuda_host->free(lane);
@@ -287,11 +329,113 @@ cuda_lane_open(void *self, ac_lane **out)
 }
 
 static void
+free_times(ac_lane *lane)
+{
+    for (int32_t i = 0; i < lane->n_times; i++) {
+        cudaEventDestroy(lane->times[i]);
+    }
+    ac_cuda_host->free(lane->times);
+}
+
+static void
 cuda_lane_close(void *self, ac_lane *lane)
 {
     (void)self;
-    cudaStreamDestroy(lane->stream);
+    free_times(lane);
+    cudaEventDestroy(lane->last);
+    cudaStreamDestroy(lane->own);
     ac_cuda_host->free(lane);
+}
+
+/* The event, not the old stream: that one is the caller's and may be gone. */
+static ac_status
+cuda_lane_follow(void *self, ac_lane *lane, ac_stream stream)
+{
+    int previous;
+    cudaStream_t wanted = stream.given ? (cudaStream_t)stream.handle : lane->own;
+    if (wanted == lane->stream) {
+        return AC_OK;
+    }
+    AC_TRY(enter(self, &previous));
+    cudaError_t status = cudaSuccess;
+    if (lane->marked) {
+        status = cudaStreamWaitEvent(wanted, lane->last, 0);
+    }
+    if (status == cudaSuccess) {
+        lane->stream = wanted;
+    }
+    return leave(self, previous, check(self, status, "cudaStreamWaitEvent"));
+}
+
+static ac_status
+cuda_lane_mark(void *self, ac_lane *lane)
+{
+    int previous;
+    AC_TRY(enter(self, &previous));
+    cudaError_t status = cudaEventRecord(lane->last, lane->stream);
+    lane->marked = lane->marked || status == cudaSuccess;
+    return leave(self, previous, check(self, status, "cudaEventRecord"));
+}
+
+static ac_status
+cuda_lane_wait(void *self, ac_lane *lane, const ac_lane *other)
+{
+    int previous;
+    if (!other->marked) {
+        return AC_OK;
+    }
+    AC_TRY(enter(self, &previous));
+    cudaError_t status = cudaStreamWaitEvent(lane->stream, other->last, 0);
+    return leave(self, previous, check(self, status, "cudaStreamWaitEvent"));
+}
+
+static ac_status
+cuda_event_new(void *self, ac_event **out)
+{
+    int previous;
+    ac_event *event = ac_cuda_host->alloc(sizeof *event);
+    if (!event) {
+        return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for", sizeof *event);
+    }
+    ac_status status = enter(self, &previous);
+    if (status == AC_OK) {
+        cudaError_t made = cudaEventCreateWithFlags(&event->event, cudaEventDisableTiming);
+        status = leave(self, previous, check(self, made, "cudaEventCreateWithFlags"));
+    }
+    if (status < 0) {
+        ac_cuda_host->free(event);
+        return status;
+    }
+    *out = event;
+    return AC_OK;
+}
+
+static void
+cuda_event_free(void *self, ac_event *event)
+{
+    (void)self;
+    if (event) {
+        cudaEventDestroy(event->event);
+        ac_cuda_host->free(event);
+    }
+}
+
+static ac_status
+cuda_event_record(void *self, ac_lane *lane, ac_event *event)
+{
+    int previous;
+    AC_TRY(enter(self, &previous));
+    cudaError_t status = cudaEventRecord(event->event, lane->stream);
+    return leave(self, previous, check(self, status, "cudaEventRecord"));
+}
+
+static ac_status
+cuda_event_wait(void *self, ac_event *event)
+{
+    int previous;
+    AC_TRY(enter(self, &previous));
+    cudaError_t status = cudaEventSynchronize(event->event);
+    return leave(self, previous, check(self, status, "cudaEventSynchronize"));
 }
 
 static ac_status
@@ -303,6 +447,61 @@ cuda_sync(void *self, ac_lane *lane)
     return leave(self, previous, check(self, status, "cudaStreamSynchronize"));
 }
 
+/* ---- points in time -------------------------------------------------------------------------- */
+
+static ac_status
+grow_times(ac_cuda_device *device, ac_lane *lane, int32_t count)
+{
+    int32_t capacity = (count + 1023) / 1024 * 1024;
+    cudaEvent_t *more = ac_cuda_host->alloc(sizeof *more * (size_t)capacity);
+    if (!more) {
+        return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for",
+                            sizeof *more * (size_t)capacity);
+    }
+    memset(more, 0, sizeof *more * (size_t)capacity);
+    if (lane->n_times) {
+        memcpy(more, lane->times, sizeof *more * (size_t)lane->n_times);
+    }
+    ac_cuda_host->free(lane->times);
+    lane->times = more;
+    for (; lane->n_times < capacity; lane->n_times++) {
+        AC_TRY(check(device, cudaEventCreate(&more[lane->n_times]), "cudaEventCreate"));
+    }
+    return AC_OK;
+}
+
+static ac_status
+cuda_time_mark(void *self, ac_lane *lane, int32_t index)
+{
+    int previous;
+    AC_TRY(enter(self, &previous));
+    ac_status status = AC_OK;
+    if (index >= lane->n_times) {
+        status = grow_times(self, lane, index + 1);
+    }
+    if (status == AC_OK) { /* external: a node of the graph that the host can ask about */
+        unsigned flags = lane->recording ? cudaEventRecordExternal : cudaEventRecordDefault;
+        status = check(self, cudaEventRecordWithFlags(lane->times[index], lane->stream, flags),
+                       "cudaEventRecordWithFlags");
+    }
+    return leave(self, previous, status);
+}
+
+static ac_status
+cuda_time_read(void *self, ac_lane *lane, int32_t count, double *ms)
+{
+    int previous;
+    AC_TRY(enter(self, &previous));
+    ac_status status = check(self, cudaStreamSynchronize(lane->stream), "cudaStreamSynchronize");
+    for (int32_t i = 0; i + 1 < count && status == AC_OK; i++) {
+        float time = 0.0f;
+        status = check(self, cudaEventElapsedTime(&time, lane->times[i], lane->times[i + 1]),
+                       "cudaEventElapsedTime");
+        ms[i] = (double)time;
+    }
+    return leave(self, previous, status);
+}
+
 /* ---- recording ------------------------------------------------------------------------------- */
 
 static ac_status
@@ -310,8 +509,12 @@ cuda_record_begin(void *self, ac_lane *lane)
 {
     int previous;
     AC_TRY(enter(self, &previous));
-    cudaError_t status = cudaStreamBeginCapture(lane->stream, cudaStreamCaptureModeThreadLocal);
-    lane->recording = status == cudaSuccess;
+    cudaError_t status = cudaStreamBeginCapture(lane->own, cudaStreamCaptureModeThreadLocal);
+    if (status == cudaSuccess) { /* the caller's may be the legacy stream, which records nothing */
+        lane->recording = true;
+        lane->outside = lane->stream;
+        lane->stream = lane->own;
+    }
     return leave(self, previous, check(self, status, "cudaStreamBeginCapture"));
 }
 
@@ -328,8 +531,12 @@ instantiate(ac_cuda_device *device, ac_lane *lane, ac_recording *recording)
     if (graph) {
         cudaGraphDestroy(graph);
     }
+    lane->stream = lane->outside;
     if (status == AC_OK) {
         status = check(device, cudaGraphUpload(recording->graph, lane->stream), "cudaGraphUpload");
+    }
+    if (status < 0) {
+        cudaGetLastError(); /* ours: an invalid capture is no lost device */
     }
     return status;
 }
@@ -353,6 +560,7 @@ cuda_record_end(void *self, ac_lane *lane, ac_recording **out)
         }
     }
     lane->recording = false;
+    lane->stream = lane->outside;
     if (!recording) {
         return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for",
                             sizeof *recording);
@@ -414,6 +622,15 @@ ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out)
         .download = cuda_download,
         .copy = cuda_copy,
         .sync = cuda_sync,
+        .lane_follow = cuda_lane_follow,
+        .lane_mark = cuda_lane_mark,
+        .lane_wait = cuda_lane_wait,
+        .event_new = cuda_event_new,
+        .event_free = cuda_event_free,
+        .event_record = cuda_event_record,
+        .event_wait = cuda_event_wait,
+        .time_mark = cuda_time_mark,
+        .time_read = cuda_time_read,
         .record_begin = cuda_record_begin,
         .record_end = cuda_record_end,
         .replay = cuda_replay,
