@@ -511,8 +511,11 @@ def compile(x, *, passes_off=""):  # the name is the point
         if not _is_supported(x):
             from .torch_calls import CALLS
 
-            raise UnsupportedError(f"compile: found {type(x).__name__}, expected one of "
-                                   f"{', '.join(CALLS)} or a diffusers pipeline")
+            name = type(x).__name__
+            if name in CALLS:
+                name = f"{type(x).__module__}.{name}"  # not of the library it is named like
+            raise UnsupportedError(f"compile: found {name}, expected one of {', '.join(CALLS)} of "
+                                   "diffusers or transformers, whole, or a diffusers pipeline")
         if native_of(x) is None:
             _attach(x, passes_off)
         return x

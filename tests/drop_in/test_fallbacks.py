@@ -481,6 +481,12 @@ def test_a_subclass_is_not_taken_for_its_base():
         accel.compile(m)
 
 
+def test_a_class_of_the_same_name_from_elsewhere():
+    elsewhere = type("UNet2DConditionModel", (torch.nn.Linear,), {"__module__": "mine.unets"})
+    with pytest.raises(accel.UnsupportedError, match=r"found mine\.unets\.UNet2DConditionModel"):
+        accel.compile(elsewhere(2, 2))
+
+
 def test_a_config_that_is_not_supported_is_named():
     from diffusers import UNet2DConditionModel
 
