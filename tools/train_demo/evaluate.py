@@ -83,13 +83,14 @@ def prompted(session, judge, networks, count, seed=SEED, **options):
 
 def judged_truth(session, judge):
     """What the judge itself is worth: clean renderings, shuffled wishes, spoilt renderings."""
-    scenes, _, rendered = session.pictures("validation")
-    answer = judges.read(session, judge, to_float(rendered))
+    scenes, _, clean = session.pictures("validation")
+    answer = judges.read(session, judge, to_float(clean))
     other = {name: values.roll(1) for name, values in scenes.items()}
     spoilt, flaw, rendered = session.pictures("flawed validation")
     seen = judges.read(session, judge, to_float(rendered))
     return {
         "rendered truth": score(answer, scenes),
+        "mirrored truth": score(judges.read(session, judge, to_float(clean.flip(3))), scenes),
         "shuffled": score(answer, other),
         "spoilt": judges.accuracy(seen, judges.labels(spoilt, flaw)),
     }

@@ -71,7 +71,8 @@ def _publish_text_names(path):
 
 
 def _clean(path):
-    """Drop the folder a configuration was read from, and ask for fp32 where a type is named.
+    """Drop what saving left behind: the folder a configuration was read from, a tokenizer's last
+    truncation; and ask for fp32 where a type is named.
 
     transformers obeys "dtype" when the caller names none, diffusers then takes fp32: the encoder
     alone would be fp16 and the first picture fail.
@@ -80,10 +81,12 @@ def _clean(path):
     if not isinstance(content, dict):
         return
     changed = content.pop("_name_or_path", None) is not None
+    if content.get("truncation"):  # a tokenizer keeps how it was last called
+        content["truncation"], changed = None, True
     if content.get("dtype") == "float16":
         content["dtype"], changed = "float32", True
     if changed:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load(session, folder):

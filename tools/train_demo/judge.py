@@ -102,6 +102,12 @@ def _roughen(x):
     return x * gain + shift + noise
 
 
+def _mirrored(x):
+    """Half of the pictures from right to left: the denoiser learns from both, and paints both."""
+    chosen = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+    return torch.where(chosen, x.flip(3), x)
+
+
 def train(session):
     """Train the judge on clean and spoilt renderings; leaves judge.pt."""
     plan = session.plan
@@ -123,7 +129,7 @@ def train(session):
         i = torch.randint(0, len(clean_pictures), (some,), device=session.device)
         j = torch.randint(0, len(flaw), (plan.judge_batch - some,), device=session.device)
         x = to_float(torch.cat([clean_pictures[i], spoilt_pictures[j]]))
-        x = _roughen(x).contiguous(memory_format=torch.channels_last)
+        x = _roughen(_mirrored(x)).contiguous(memory_format=torch.channels_last)
         with session.autocast():
             answer = model(x)
         total = 0
