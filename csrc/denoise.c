@@ -77,7 +77,7 @@ build_args(const loop *l)
     ac_build_args args = {.entry = "forward", .batch = l->batch, .height = a->height,
                           .width = a->width, .tokens = a->tokens,
                           .timesteps = a->schedule->n_rows, .loop = true, .io_dtype = AC_F32,
-                          .compute = AC_F32};
+                          .compute = a->compute};
     for (int32_t i = 0; i < a->n_conditions; i++) {
         if (strcmp(a->condition[i].name, "time_ids") == 0) {
             args.time_ids = a->condition[i].tensor.shape.dim[1];

@@ -33,6 +33,7 @@ typedef struct ac_denoise_args {
     const ac_condition *condition;
     int32_t n_conditions;
     int64_t tokens;
+    ac_dtype compute;       /* of the UNet's activations; latents and conditions are f32 */
     double guidance_scale;  /* <= 1: no guidance, batch n */
     double guidance_rescale; /* 0: off (Lin et al. 2023, section 3.4) */
     ac_rng *rng;            /* n of them, or one for all images as PyTorch draws for a batch */

@@ -25,6 +25,7 @@ static const field fields[] = {
     {"hidden_states", offsetof(ac_build_args, hidden_states), 0, 'b'},
     {"clip_skip", offsetof(ac_build_args, clip_skip), 0, 'i'},
     {"io_dtype", offsetof(ac_build_args, io_dtype), 0, 'd'},
+    {"compute", offsetof(ac_build_args, compute), 0, 'd'},
 };
 
 /* The engine compares entries by text before it keeps its own; the strings here live for ever. */
@@ -172,7 +173,7 @@ import_item(ac_py_state *state, PyObject *pair, ac_py_dict *out)
     if (!item->text) {
         return -1;
     }
-    return ac_py_view_import(state, PyTuple_GetItem(pair, 1), item->text, &item->view);
+    return ac_py_view_import_any(state, PyTuple_GetItem(pair, 1), item->text, &item->view);
 }
 
 int

@@ -301,21 +301,26 @@ py_denoise(PyObject *module, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"model", "schedule", "latents", "conditions", "rngs",
                             "guidance_scale", "guidance_rescale", "callback", "cancel",
-                            "first_row", "noise", "registers", NULL};
+                            "first_row", "noise", "registers", "compute", NULL};
     PyObject *model, *schedule, *latents, *conditions, *rngs;
     PyObject *callback = Py_None, *cancel = Py_None, *noise = Py_None, *registers = Py_None;
     run r = {.module = module, .args.guidance_scale = 1.0};
+    const char *compute = "float32";
     int first_row = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOO|$ddOOiOO:denoise", names, &model,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOO|$ddOOiOOs:denoise", names, &model,
                                      &schedule, &latents, &conditions, &rngs,
                                      &r.args.guidance_scale, &r.args.guidance_rescale, &callback,
-                                     &cancel, &first_row, &noise, &registers)) {
+                                     &cancel, &first_row, &noise, &registers, &compute)) {
         return NULL;
     }
     ac_py_state *state = PyModule_GetState(module);
     if (!Py_IS_TYPE(model, state->model)) {
         PyErr_SetString(PyExc_TypeError, "model: expected a Model object");
         return NULL;
+    }
+    if (!ac_dtype_from_name(compute, &r.args.compute) || !ac_dtype_is_float(r.args.compute)) {
+        return ac_py_error(state, AC_E_DTYPE, "compute: found \"%.64s\", expected a float dtype",
+                           compute);
     }
     r.args.unet = ((ac_py_model *)model)->model;
     r.args.first_row = first_row;
@@ -343,8 +348,8 @@ static PyMethodDef functions[] = {
     {"denoise", (PyCFunction)(void (*)(void))py_denoise, METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("denoise(model, schedule, latents, conditions, rngs, *, guidance_scale=1.0, "
                "guidance_rescale=0.0, callback=None, cancel=None, first_row=0, noise=None, "
-               "registers=None)\n--\n\nRuns the loop in place on latents.  callback(index, "
-               "timestep) returns true to stop.  noise [rows, n, c, h, w]: instead of rngs.  "
+               "registers=None, compute=\"float32\")\n--\n\nRuns the loop in place on latents.  "
+               "callback(index, timestep) returns true to stop.  noise [rows, n, c, h, w]: instead of rngs.  "
                "registers [6, n, c, h, w]: what a later call goes on with, at first_row.")},
     {0},
 };

@@ -3,7 +3,7 @@
  *
  * A view comes through __dlpack__ (PyTorch, NumPy, JAX, CuPy) or, where that refuses (read-only
  * arrays of old NumPy, memoryviews), through the buffer protocol.  Whoever passes the object keeps
- * ownership; we owe one release.
+ * ownership; we owe one release.  A tensor in a GPU's memory is never read here.
  */
 #include "py.h"
 
@@ -73,14 +73,11 @@ check_data(ac_py_state *state, const ac_tensor *t, const char *what)
 }
 
 static int
-view_of_dl(ac_py_state *state, const DLTensor *dl, const char *what, ac_tensor *out)
+view_of_dl(ac_py_state *state, const DLTensor *dl, const char *what, ac_py_view *view)
 {
-    if (dl->device.device_type != DL_CPU && dl->device.device_type != DL_CUDA_HOST) {
-        ac_py_error(state, AC_E_DEVICE, "%s: found a tensor on device type %d, expected one in "
-                                        "host memory; move it to the CPU first", what,
-                    (int)dl->device.device_type);
-        return -1;
-    }
+    ac_tensor *out = &view->tensor;
+    view->device = dl->device.device_type == DL_CUDA;
+    view->device_index = view->device ? dl->device.device_id : 0;
     if (dl->ndim < 0 || dl->ndim > AC_MAX_RANK) {
         ac_py_error(state, AC_E_SHAPE, "%s: found %d dimensions, expected at most %d", what,
                     (int)dl->ndim, AC_MAX_RANK);
@@ -120,7 +117,7 @@ consume(ac_py_state *state, PyObject *capsule, const char *what, ac_py_view *out
             return -1;
         }
         out->readonly = (m->flags & DL_FLAG_READ_ONLY) != 0;
-        return view_of_dl(state, &m->dl_tensor, what, &out->tensor);
+        return view_of_dl(state, &m->dl_tensor, what, out);
     }
     if (PyCapsule_IsValid(capsule, "dltensor")) {
         DLManagedTensor *m = PyCapsule_GetPointer(capsule, "dltensor");
@@ -128,15 +125,16 @@ consume(ac_py_state *state, PyObject *capsule, const char *what, ac_py_view *out
             return -1;
         }
         *out = (ac_py_view){.owner = m, .release = release_legacy};
-        return view_of_dl(state, &m->dl_tensor, what, &out->tensor);
+        return view_of_dl(state, &m->dl_tensor, what, out);
     }
     ac_py_error(state, AC_E_INVALID, "%s: its __dlpack__ returned no DLPack capsule", what);
     return -1;
 }
 
-/* Asks for the device before the data, so that a GPU tensor is refused without being touched. */
+/* Asks for the device before the data, so that a tensor that lies elsewhere is refused without being
+ * touched.  1: on a GPU, and `any` memory will do; 0: in host memory. */
 static int
-check_device(ac_py_state *state, PyObject *object, const char *what)
+check_device(ac_py_state *state, PyObject *object, const char *what, bool any)
 {
     PyObject *device = PyObject_CallMethod(object, "__dlpack_device__", NULL);
     if (!device) {
@@ -148,18 +146,22 @@ check_device(ac_py_state *state, PyObject *object, const char *what)
     if (!ok) {
         return -1;
     }
-    if (type != DL_CPU && type != DL_CUDA_HOST) {
-        ac_py_error(state, AC_E_DEVICE, "%s: found a tensor on %s %d, expected one on the CPU; "
-                                        "move it there first", what,
-                    type == DL_CUDA ? "cuda device" : "DLPack device type", type == DL_CUDA ? index
-                                                                                            : type);
-        return -1;
+    if (type == DL_CPU || type == DL_CUDA_HOST) {
+        return 0;
     }
-    return 0;
+    if (type == DL_CUDA && any) {
+        return 1;
+    }
+    ac_py_error(state, AC_E_DEVICE, "%s: found a tensor on %s%d, expected one in host memory; move "
+                                    "it there first", what,
+                type == DL_CUDA ? "cuda:" : "DLPack's device type ", type == DL_CUDA ? index
+                                                                                     : type);
+    return -1;
 }
 
+/* Stream -1: the producer shall not wait for anything; whoever runs knows the order. */
 static PyObject *
-call_dlpack(PyObject *object)
+call_dlpack(PyObject *object, bool gpu)
 {
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
     if (!method) {
@@ -167,15 +169,23 @@ call_dlpack(PyObject *object)
     }
     PyObject *empty = PyTuple_New(0);
     PyObject *keywords = Py_BuildValue("{s(ii)}", "max_version", DL_MAJOR, 0);
+    PyObject *old = PyDict_New();
     PyObject *capsule = NULL;
-    if (empty && keywords) {
+    PyObject *none = gpu ? PyLong_FromLong(-1) : NULL;
+    if (none && (!old || !keywords || PyDict_SetItemString(keywords, "stream", none) < 0 ||
+                 PyDict_SetItemString(old, "stream", none) < 0)) {
+        Py_CLEAR(empty);
+    }
+    Py_XDECREF(none);
+    if (empty && keywords && old) {
         capsule = PyObject_Call(method, empty, keywords);
         if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
             PyErr_Clear(); /* a producer from before DLPack 1.0 knows no max_version */
-            capsule = PyObject_Call(method, empty, NULL);
+            capsule = PyObject_Call(method, empty, old);
         }
     }
     Py_XDECREF(empty);
+    Py_XDECREF(old);
     Py_XDECREF(keywords);
     Py_DECREF(method);
     return capsule;
@@ -263,7 +273,7 @@ import_buffer(ac_py_state *state, PyObject *object, const char *what, ac_py_view
 }
 
 static int
-import_object(ac_py_state *state, PyObject *object, const char *what, ac_py_view *out)
+import_object(ac_py_state *state, PyObject *object, const char *what, bool any, ac_py_view *out)
 {
     int buffer = PyObject_CheckBuffer(object);
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
@@ -280,10 +290,11 @@ import_object(ac_py_state *state, PyObject *object, const char *what, ac_py_view
         return -1;
     }
     Py_DECREF(method);
-    if (check_device(state, object, what) < 0) {
+    int gpu = check_device(state, object, what, any);
+    if (gpu < 0) {
         return -1;
     }
-    PyObject *capsule = call_dlpack(object);
+    PyObject *capsule = call_dlpack(object, gpu);
     if (!capsule) {
         if (!buffer) {
             return -1;
@@ -296,15 +307,27 @@ import_object(ac_py_state *state, PyObject *object, const char *what, ac_py_view
     return status;
 }
 
-int
-ac_py_view_import(ac_py_state *state, PyObject *object, const char *what, ac_py_view *out)
+static int
+import(ac_py_state *state, PyObject *object, const char *what, bool any, ac_py_view *out)
 {
     *out = (ac_py_view){0};
-    if (import_object(state, object, what, out) < 0) {
+    if (import_object(state, object, what, any, out) < 0) {
         ac_py_view_release(out);
         return -1;
     }
     return 0;
+}
+
+int
+ac_py_view_import(ac_py_state *state, PyObject *object, const char *what, ac_py_view *out)
+{
+    return import(state, object, what, false, out);
+}
+
+int
+ac_py_view_import_any(ac_py_state *state, PyObject *object, const char *what, ac_py_view *out)
+{
+    return import(state, object, what, true, out);
 }
 
 /* A producer's deleter may run Python code; an exception on its way must survive that. */

@@ -163,11 +163,12 @@ weights_set(PyObject *self, PyObject *args)
     if (!view) {
         return PyErr_NoMemory();
     }
-    if (ac_py_view_import(ac_py_state_of(self), array, name, view) < 0) {
+    if (ac_py_view_import_any(ac_py_state_of(self), array, name, view) < 0) {
         PyMem_Free(view);
         return NULL;
     }
-    ac_status status = ac_weights_set(of(self), name, &view->tensor, release_view, view);
+    ac_status status = (view->device ? ac_weights_set_device : ac_weights_set)(
+        of(self), name, &view->tensor, release_view, view);
     if (status < 0) {
         return ac_py_raise(ac_py_state_of(self), status);
     }
@@ -198,6 +199,28 @@ weights_names(PyObject *self, PyObject *unused)
     return list;
 }
 
+/* {dtype: elements}: what a model of these weights computes in where nobody says. */
+static PyObject *
+weights_dtypes(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    int64_t elements[AC_DTYPE_COUNT] = {0};
+    for (int32_t i = 0; i < ac_weights_count(of(self)); i++) {
+        const ac_tensor *t = ac_weights_find(of(self), ac_weights_name(of(self), i));
+        elements[t->dtype] += ac_tensor_count(t);
+    }
+    PyObject *dict = PyDict_New();
+    for (int i = 0; dict && i < AC_DTYPE_COUNT; i++) {
+        PyObject *count = elements[i] ? PyLong_FromLongLong(elements[i]) : NULL;
+        if (elements[i] &&
+            (!count || PyDict_SetItemString(dict, ac_dtype_name((ac_dtype)i), count) < 0)) {
+            Py_CLEAR(dict);
+        }
+        Py_XDECREF(count);
+    }
+    return dict;
+}
+
 static PyObject *
 weights_generation(PyObject *self, void *unused)
 {
@@ -219,9 +242,10 @@ describe(const ac_derived *d)
     if (!sources) {
         return NULL;
     }
-    return Py_BuildValue("{sNsnsNsN}", "key", decode(d->key), "bytes",
-                         d->data ? (Py_ssize_t)d->bytes : 0, "sources", sources, "valid",
-                         PyBool_FromLong(d->valid));
+    return Py_BuildValue("{sNsnsNsNsN}", "key", decode(d->key), "bytes",
+                         d->data && !d->borrowed ? (Py_ssize_t)d->bytes : 0, "sources", sources,
+                         "valid", PyBool_FromLong(d->valid), "borrowed",
+                         PyBool_FromLong(d->borrowed));
 }
 
 static PyObject *
@@ -321,11 +345,14 @@ static PyMethodDef methods[] = {
      PyDoc_STR("add_folder(folder, stem, variant=None)\n--\n\nAdds <stem>.safetensors or its "
                "shards.")},
     {"set", weights_set, METH_VARARGS,
-     PyDoc_STR("set(name, array)\n--\n\nBorrows a contiguous tensor; binds the name anew if it is "
-               "there.")},
+     PyDoc_STR("set(name, array)\n--\n\nBorrows a contiguous tensor, or on a GPU a channels_last "
+               "one; binds the name anew if it is there.")},
     {"names", weights_names, METH_NOARGS, PyDoc_STR("names()\n--\n\nNames in order of addition.")},
+    {"dtypes", weights_dtypes, METH_NOARGS,
+     PyDoc_STR("dtypes()\n--\n\nElements by dtype.")},
     {"derived", weights_derived, METH_NOARGS,
-     PyDoc_STR("derived()\n--\n\nWhat accel made of them: key, bytes, sources, valid.")},
+     PyDoc_STR("derived()\n--\n\nWhat accel made of them: key, bytes (0: none of its own), sources, "
+               "valid, borrowed (the sources' memory has this form).")},
     {"check", weights_check, METH_NOARGS,
      PyDoc_STR("check()\n--\n\nNotices sources changed in place; how many derived weights that "
                "concerns.")},

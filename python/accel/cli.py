@@ -43,6 +43,12 @@ def _add_model(command):
     command.add_argument("--variant", help="read <name>.VARIANT.safetensors, as fp16")
 
 
+def _add_device(command):
+    command.add_argument("--device", default="cpu", metavar="NAME",
+                         help='"cpu", "cuda", "cuda:1"; explain also takes "null", which needs no '
+                              "hardware (default: cpu)")
+
+
 def _add_generate(commands):
     c = commands.add_parser(
         "generate", help="make a picture from a prompt",
@@ -69,6 +75,9 @@ def _add_generate(commands):
                         "name (default: the model's own)")
     c.add_argument("--eta", type=float, default=0.0, metavar="X", help="DDIM's share of noise")
     c.add_argument("--clip-skip", type=int, metavar="N", help="text encoder layers to leave out")
+    _add_device(c)
+    c.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                   help="what a GPU computes in (default: the dtype of the files)")
     c.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     c.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no report")
     c.set_defaults(run=_generate)
@@ -91,9 +100,12 @@ def _add_explain(commands):
     c.add_argument("--size", type=_size, metavar="WxH", help="pixels (default: the model's own)")
     c.add_argument("--batch", type=int, metavar="N", help="default: 2 for the UNet, else 1")
     c.add_argument("--tokens", type=int, metavar="N", help="length of the text (default: 77)")
-    c.add_argument("--device", default="cpu", help='"cpu" or "null" (default: cpu)')
+    _add_device(c)
     c.add_argument("--json", action="store_true", help="as JSON")
     c.add_argument("--passes", action="store_true", help="also the graph after each pass")
+    c.add_argument("--profile", action="store_true",
+                   help="run it over random inputs: how long each step takes, and how far that is "
+                        "from what the device could do")
     c.add_argument("--passes-off", default="", metavar="A,B", help="passes to leave out")
     c.set_defaults(run=_explain)
 
@@ -131,7 +143,8 @@ def _generate(args):
     if args.threads is not None:
         accel.set_num_threads(args.threads)
     shipped = args.model is None
-    pipe = accel.Pipeline.from_pretrained(_model_folder(args), variant=args.variant)
+    pipe = accel.Pipeline.from_pretrained(_model_folder(args), variant=args.variant,
+                                          device=args.device, dtype=args.dtype)
     height, width = args.size or (None, None)
     result = pipe(
         args.prompt, negative_prompt=args.negative, seed=args.seed, height=height, width=width,
@@ -164,7 +177,7 @@ def _explain(args):
     print(explain_folder(_model_folder(args), args.part, height=height, width=width,
                          batch=args.batch, tokens=args.tokens, device=args.device,
                          variant=args.variant, json=args.json, passes=args.passes,
-                         passes_off=args.passes_off))
+                         passes_off=args.passes_off, profile=args.profile))
 
 
 def main(argv=None):

@@ -1,8 +1,9 @@
 """The networks one by one, without PyTorch: UNet, VAE, TextEncoder.
 
 Each takes what diffusers' and transformers' folders hold (config.json and safetensors), or a config
-and a dict of tensors.  Inputs may be any DLPack producer on the CPU or a NumPy array.  Results are
-NumPy arrays; a bfloat16 result is an `accel.Tensor`, because NumPy has no such dtype.
+and a dict of tensors.  Inputs may be NumPy arrays or any DLPack producers in host memory, or on the
+GPU that computes.  Results are NumPy arrays; a bfloat16 result is an `accel.Tensor`, because NumPy
+has no such dtype.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from . import _core
-from ._core import DTypeError, FileError, InvalidArgument, ShapeError, UnsupportedError
+from ._core import DeviceError, DTypeError, FileError, InvalidArgument, ShapeError, UnsupportedError
 
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -91,6 +92,49 @@ def to_numpy(x):
     return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
 
 
+# ---- devices -----------------------------------------------------------------------------------
+
+
+class _InOrder:
+    """A GPU tensor of another library, behind all that the library has queued for it."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __dlpack_device__(self):
+        return self.x.__dlpack_device__()
+
+    def __dlpack__(self, **options):
+        return self.x.__dlpack__(**(options | {"stream": 1}))  # the legacy default stream
+
+
+def check_place(x, what, device):
+    """True for a tensor on the GPU that is `device`, False for one in host memory; another one is
+    a DeviceError."""
+    place = getattr(x, "__dlpack_device__", None)
+    if place is None or isinstance(x, np.ndarray):
+        return False
+    kind, index = (int(n) for n in place())
+    if kind in (1, 3):
+        return False
+    name, _, number = device.partition(":")
+    if name == "cuda" and (kind, index) == (2, int(number or 0)):
+        return True
+    found = f"cuda:{index}" if kind == 2 else f"DLPack's device type {kind}"
+    wanted = f" or on {name}:{number or 0}" if name == "cuda" else ""
+    raise DeviceError(f"{what}: found a tensor on {found}, expected one in host memory{wanted}")
+
+
+def compute_dtype(weights, device, dtype):
+    """What activations are in: float32 on the CPU, on a GPU `dtype` or most weights' own."""
+    if device.partition(":")[0] != "cuda":
+        return "float32"
+    if dtype is not None or weights is None:
+        return dtype or "float32"
+    counts = {n: c for n, c in weights.dtypes().items() if n in FLOATS}
+    return max(counts, key=counts.get, default="float32")
+
+
 # ---- folders -----------------------------------------------------------------------------------
 
 
@@ -129,13 +173,15 @@ class Component:
     config : dict
         The content of config.json; its "_class_name" or "architectures" choose the network.
     weights : dict of name to tensor
-        Any DLPack producers on the CPU or NumPy arrays of float dtypes, borrowed without a copy:
-        they must not be changed while a call runs.
+        Any DLPack producers or NumPy arrays of float dtypes, borrowed without a copy: they must not
+        be changed while a call runs.  In host memory, or on the GPU that is `device`, to which
+        those in host memory are copied once.
     device : str
-        "cpu", or "null" to plan without running.
+        "cpu", "cuda" or "cuda:1", or "null" to plan without running.
     dtype : str, optional
-        Of the results.  None: that of the first input.  On the CPU everything is computed in
-        float32 whatever the weights' dtype.
+        "float32", "float16" or "bfloat16".  On a GPU, what is computed in; None: the dtype of most
+        weights.  On the CPU everything is computed in float32, and this is the dtype of the
+        results.  None, and on a GPU, they have that of the first input.
 
     Raises
     ------
@@ -143,6 +189,8 @@ class Component:
         For a class, config field or value that is not supported, by name.
     WeightsError
         With all unknown, missing and wrongly shaped weights in one message.
+    DeviceError
+        When there is no such device, saying what is missing, or for tensors on another one.
     """
 
     _classes = ()
@@ -153,10 +201,12 @@ class Component:
         if not isinstance(config, Mapping):
             raise InvalidArgument(f"config: found {type(config).__name__}, expected a dict")
         self.config = dict(config)
-        self.dtype = dtype_name(dtype)
         self.device = device
         if not isinstance(weights, _core.Weights):
             weights = self._borrow(weights)
+        dtype = dtype_name(dtype)
+        self.compute = compute_dtype(weights, device, dtype)
+        self.dtype = None if device.startswith("cuda") else dtype
         self._weights = weights
         self._check_class()
         self._model = _core.Model(json.dumps(self.config), weights, device, passes_off)
@@ -178,14 +228,14 @@ class Component:
         return cls(read_json(folder / "config.json"), weights, device=device, dtype=dtype,
                    passes_off=passes_off)
 
-    @staticmethod
-    def _borrow(tensors):
+    def _borrow(self, tensors):
         if not isinstance(tensors, Mapping):
             raise InvalidArgument(f"weights: found {type(tensors).__name__}, expected a dict of "
                                   "names and tensors")
         weights = _core.Weights()
         for name, tensor in tensors.items():
-            weights.set(name, tensor)
+            here = check_place(tensor, name, self.device)
+            weights.set(name, _InOrder(tensor) if here else tensor)
         return weights
 
     def _check_class(self):
@@ -206,7 +256,14 @@ class Component:
 
     def explain(self, *, json=False, passes=False, **args):
         """The plan for these sizes as text or JSON; see `_core.Model.explain` for the sizes."""
-        return self._model.explain(self.sizes(self.config, args), json, passes)
+        return self._model.explain(self._sizes(args), json, passes)
+
+    def profile(self, *, json=False, repeats=0, flops=0.0, bandwidth=0.0, **args):
+        """Runs over random inputs of these sizes; see `accel.explain(profile=True)`."""
+        return self._model.profile(self._sizes(args), json, repeats, flops, bandwidth)
+
+    def _sizes(self, given):
+        return {"compute": self.compute} | self.sizes(self.config, given)
 
     @staticmethod
     def sizes(config, given):
@@ -222,6 +279,13 @@ class Component:
 
     def _run(self, args, inputs, wanted=None):
         """Runs for these args into new arrays; returns {output name: array}."""
+        args = {"compute": self.compute} | args
+        on_gpu = [check_place(x, name, self.device) for name, x in inputs.items()]
+        stream = None
+        if any(on_gpu):
+            inputs = {n: _InOrder(x) if here else x
+                      for (n, x), here in zip(inputs.items(), on_gpu, strict=True)}
+            stream = 0
         key = tuple(sorted(args.items()))
         io = self._io_cache.get(key)
         if io is None:
@@ -229,7 +293,7 @@ class Component:
                 self._io_cache.clear()
             io = self._io_cache[key] = self._model.io(args)
         outputs = {name: empty(shape, dtype) for name, shape, dtype, is_output in io if is_output}
-        self._model.run(args, inputs, outputs)
+        self._model.run(args, inputs, outputs, stream=stream)
         return outputs if wanted is None else outputs[wanted]
 
 

@@ -87,9 +87,10 @@ class Pipeline:
             With model_index.json.  Weights are safetensors, sharded or not; they are mapped, not
             read.
         device : str
-            "cpu".
+            "cpu", or "cuda" or "cuda:1" for a GPU.
         dtype : str, optional
-            For other devices than the CPU, which computes in float32 whatever the files hold.
+            What a GPU computes in: "float32", "float16" or "bfloat16"; None: the dtype of the
+            files, each network its own.  The CPU computes in float32 whatever the files hold.
         variant : str, optional
             "fp16" reads `<name>.fp16.safetensors`.
 
@@ -97,6 +98,8 @@ class Pipeline:
         ------
         FileError, FormatError, WeightsError, UnsupportedError
             With the file, the weight or the config field by name.
+        DeviceError
+            When there is no such device, saying what is missing.
         """
         folder = Path(folder)
         if folder.is_file():
@@ -109,6 +112,8 @@ class Pipeline:
             raise UnsupportedError(f"{folder}: found class {name!r}, expected {_SD[0]} or "
                                    f"{_SDXL[0]}")
         options = {"device": device, "variant": variant, "passes_off": passes_off}
+        if dtype_name(dtype) is not None and device.startswith("cuda"):
+            options["dtype"] = dtype
         encoders, tokenizers = [], []
         for suffix in ("", "_2"):
             part = index.get(f"text_encoder{suffix}")
@@ -116,7 +121,6 @@ class Pipeline:
                 encoders.append(TextEncoder.from_pretrained(folder / f"text_encoder{suffix}",
                                                             **options))
                 tokenizers.append(Tokenizer(folder / f"tokenizer{suffix}"))
-        dtype_name(dtype)
         return cls(unet=UNet.from_pretrained(folder / "unet", **options),
                    vae=VAE.from_pretrained(folder / "vae", **options),
                    text_encoders=encoders, tokenizers=tokenizers, config=index,
@@ -221,7 +225,7 @@ class Pipeline:
             _core.denoise(self.unet._model, schedule, latents, inputs, generators,
                           guidance_scale=guidance,
                           guidance_rescale=number(guidance_rescale, "guidance_rescale"),
-                          callback=progress.step, cancel=cancel)
+                          callback=progress.step, cancel=cancel, compute=self.unet.compute)
         return PipelineOutput(self._finish(latents, output_type), seeds)
 
     def _guidance(self, scale):

@@ -9,6 +9,7 @@ from .components import (
     Component,
     TextEncoder,
     UNet,
+    compute_dtype,
     find_folder,
     read_json,
     vae_scale_factor,
@@ -92,8 +93,8 @@ def report(x):
     return Report(report_compiled(x))
 
 
-def explain(x, *, json=False, passes=False, profile=False, **args):
-    """The plan of a network: kernels, shapes, arena offsets, FLOPs, bytes.
+def explain(x, *, json=False, passes=False, profile=False, repeats=0, peaks=None, **args):
+    """The plan of a network: kernels, shapes, arena offsets, FLOPs, bytes; or how long each takes.
 
     Parameters
     ----------
@@ -104,14 +105,23 @@ def explain(x, *, json=False, passes=False, profile=False, **args):
         The graph as built and after each pass before it.  The JSON is {"passes": [{"pass", "why",
         "graph"}], "plan"} then; a graph is {"inputs", "weights", "nodes", "outputs"}, whose values
         have an "id" that nodes name in "input" (None: an absent operand) and "output".
+    profile : bool
+        Runs over random inputs and times every step: tables by section, class of op and kernel,
+        and the steps that lose most against their bound, max(FLOPs / peak, bytes / bandwidth).
+        On a GPU by events in a recorded graph. Where the device's peaks are not known (a CPU),
+        times without fractions.
+    repeats : int
+        Timed runs of the profile, the best of each step counts; 0: 10.
+    peaks : tuple of float, optional
+        FLOP/s and bytes/s that the device reaches, for the profile.
     args
         Sizes: batch, height, width (latent pixels; for the VAE's entry="encode" image pixels),
         tokens, timesteps, entry. What is not given comes from the last call, or from the config.
     """
-    if profile:
-        raise _core.UnsupportedError("profile: not there yet; ACCEL_LOG=3 prints what runs")
     if isinstance(x, Pipeline):
         x = x.unet
+    if profile:
+        return _profile(x, json, repeats, *(peaks or (0.0, 0.0)), args)
     if isinstance(x, Component):
         return x.explain(json=json, passes=passes, **args)
     from .compile_ import explain_compiled
@@ -119,8 +129,17 @@ def explain(x, *, json=False, passes=False, profile=False, **args):
     return explain_compiled(x, json=json, passes=passes, **args)
 
 
+def _profile(x, json, repeats, flops, bandwidth, args):
+    how = {"repeats": repeats, "flops": flops, "bandwidth": bandwidth}
+    if isinstance(x, Component):
+        return x.profile(json=json, **how, **args)
+    from .compile_ import explain_compiled
+
+    return explain_compiled(x, json=json, profile=how, **args)
+
+
 def explain_folder(folder, part, *, height, width, batch, tokens, device, variant, json, passes,
-                   passes_off):
+                   passes_off, profile=False):
     """The plan of one part of a model folder for a size in pixels; for the command line."""
     folder = Path(folder)
     cls = {"unet": UNet, "vae": VAE, "vae_encoder": VAE}.get(part, TextEncoder)
@@ -141,7 +160,8 @@ def explain_folder(folder, part, *, height, width, batch, tokens, device, varian
     if part == "vae_encoder":
         given["entry"] = "encode"
     given = {k: v for k, v in given.items() if v is not None}
-    return model.explain(cls.sizes(config, given), json, passes)
+    sizes = {"compute": compute_dtype(weights, device, None)} | cls.sizes(config, given)
+    return model.profile(sizes, json) if profile else model.explain(sizes, json, passes)
 
 
 def _factor(folder, config):

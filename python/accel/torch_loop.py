@@ -137,7 +137,7 @@ class Loop:
     def _denoise(self, native, model):
         first = self.next
         self.guidance = self._guidance()
-        conditions = self._conditions(native)
+        conditions = self._conditions()
         self.seen = self._marks()
         options = {}
         if self.latents.is_cuda:
@@ -170,10 +170,9 @@ class Loop:
         return (float(pipe.guidance_scale) if guided else 1.0,
                 max(float(pipe.guidance_rescale), 0.0) if guided else 0.0)
 
-    def _conditions(self, native):
-        """Tensors for the engine: dense, and float32 on the CPU."""
-        wanted = torch.float32 if self.latents.device.type == "cpu" else native.watch.dtype
-        found = {n: t.detach().to(wanted).contiguous()
+    def _conditions(self):
+        """Tensors for the engine: dense and float32; it casts them once."""
+        found = {n: t.detach().to(torch.float32).contiguous()
                  for n, t in self.task.conditions(self.values).items()}
         batch = len(self.latents) * (2 if self.guidance[0] > 1 else 1)
         for name, tensor in found.items():
