@@ -57,23 +57,23 @@ def export_and_evaluate(session):
     from . import evaluate, export
 
     folder = session.folder / "model"
-    size = export.save(session, folder, export.networks(session))
-    session.log(f"wrote {folder}: {size} bytes")
-    report(session, folder, size)
+    export.save(session, folder, export.networks(session))
+    session.log(f"wrote {folder}: {export.size(folder)} bytes")
+    report(session, folder)
     prompts = evaluate.GRID_PROMPTS.read_text(encoding="utf-8").splitlines()
     if session.gpu:
         peaks = export.largest(session, export.load(session, folder), prompts)
         session.log("largest values in fp16:", peaks)
 
 
-def report(session, folder, size=None):
+def report(session, folder):
     """results.json and grid.png for a diffusers folder."""
     from . import evaluate, export
 
     networks = export.load(session, folder)
     evaluate.grid(session, *networks).save(session.folder / "grid.png")
     results = evaluate.whole(session, networks)
-    results["bytes"] = size
+    results["bytes"] = export.size(folder)
     text = json.dumps(results, indent=1)
     (session.folder / "results.json").write_text(text + "\n", encoding="utf-8")
     session.log("prompts:", results["prompts"]["score"])

@@ -26,7 +26,7 @@ def networks(session, generator="generator.pt"):
 
 
 def save(session, folder, parts):
-    """Write model_index.json and one folder for each part; returns the bytes of all files."""
+    """Write model_index.json and one folder for each part."""
     from diffusers import StableDiffusionPipeline
 
     unet, text, decoder = (part.to("cpu", torch.float16) for part in parts)
@@ -51,10 +51,13 @@ def save(session, folder, parts):
         _clean(path)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)  # newer safetensors leave them to their owner alone
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if size > LIMIT:
-        raise ValueError(f"{folder} holds {size} bytes, more than {LIMIT}")
-    return size
+    if size(folder) > LIMIT:
+        raise ValueError(f"{folder} holds {size(folder)} bytes, more than {LIMIT}")
+
+
+def size(folder):
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _publish_text_names(path):
