@@ -50,6 +50,8 @@ LAYERS = [
             "exec_weights",
             "exec_record",
             "model",
+            "profile",
+            "profile_text",
         ],
     ),
     ("loop", ["rng", "scheduler", "schedulers/", "denoise"]),

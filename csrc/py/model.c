@@ -3,6 +3,7 @@
  * Any number of threads may call one Model.  Between taking an exec and giving it back the GIL is
  * released; everything the engine then reads is held by the views of the call.
  */
+#include "../profile.h"
 #include "args.h"
 
 
@@ -195,9 +196,8 @@ check_outputs(ac_py_state *state, const ac_py_dict *outputs)
     return 0;
 }
 
-/* None: the model's own; an int: a cudaStream_t, 0 the legacy default stream. */
-static int
-read_stream(ac_py_state *state, PyObject *object, ac_stream *out)
+int
+ac_py_stream_of(ac_py_state *state, PyObject *object, ac_stream *out)
 {
     if (object == Py_None) {
         return 0;
@@ -226,7 +226,7 @@ model_run(PyObject *self, PyObject *args, PyObject *keywords)
     ac_py_state *state = ac_py_state_of(self);
     ac_status status = AC_OK;
     bool ready = ac_py_build_args(state, build, &c.args) == 0 &&
-                 read_stream(state, stream, &c.stream) == 0 &&
+                 ac_py_stream_of(state, stream, &c.stream) == 0 &&
                  ac_py_dict_import(state, inputs, &c.inputs) == 0 &&
                  ac_py_dict_import(state, outputs, &c.outputs) == 0 &&
                  check_outputs(state, &c.outputs) == 0;
@@ -251,6 +251,24 @@ model_run(PyObject *self, PyObject *args, PyObject *keywords)
 
 /* ---- looking in ------------------------------------------------------------------------------ */
 
+/* `text` as a str, or the error; frees it. */
+static PyObject *
+text_result(ac_py_state *state, ac_status status, ac_text *text)
+{
+    if (status < 0) {
+        ac_text_free(text);
+        return ac_py_raise(state, status);
+    }
+    size_t length = text->length;
+    char *taken = ac_text_take(text);
+    if (!taken) {
+        return ac_py_raise(state, ac_no_memory(length));
+    }
+    PyObject *result = PyUnicode_DecodeUTF8(taken, (Py_ssize_t)strlen(taken), "replace");
+    ac_free(taken);
+    return result;
+}
+
 static PyObject *
 model_explain(PyObject *self, PyObject *args, PyObject *keywords)
 {
@@ -268,18 +286,35 @@ model_explain(PyObject *self, PyObject *args, PyObject *keywords)
     }
     ac_text text = {0};
     ac_status status = ac_model_explain(of(self), &build_args, json, passes, &text);
-    if (status < 0) {
-        ac_text_free(&text);
-        return ac_py_raise(state, status);
+    return text_result(state, status, &text);
+}
+
+static PyObject *
+model_profile(PyObject *self, PyObject *args, PyObject *keywords)
+{
+    static char *names[] = {"args", "json", "repeats", "flops", "bandwidth", NULL};
+    PyObject *build;
+    int json = 0, repeats = 0;
+    ac_profile_args profile = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|pidd:profile", names, &build, &json,
+                                     &repeats, &profile.flops, &profile.bandwidth)) {
+        return NULL;
     }
-    size_t length = text.length;
-    char *taken = ac_text_take(&text);
-    if (!taken) {
-        return ac_py_raise(state, ac_no_memory(length));
+    ac_py_state *state = ac_py_state_of(self);
+    ac_build_args build_args;
+    if (ac_py_build_args(state, build, &build_args) < 0) {
+        return NULL;
     }
-    PyObject *result = PyUnicode_DecodeUTF8(taken, (Py_ssize_t)strlen(taken), "replace");
-    ac_free(taken);
-    return result;
+    profile.repeats = repeats;
+    ac_text text = {0};
+    ac_status status;
+    PyObject *weights = ((ac_py_model *)self)->weights;
+    ac_py_weights_busy(weights, 1);
+    Py_BEGIN_ALLOW_THREADS
+    status = ac_model_profile(of(self), &build_args, &profile, json, &text);
+    Py_END_ALLOW_THREADS
+    ac_py_weights_busy(weights, -1);
+    return text_result(state, status, &text);
 }
 
 static PyObject *
@@ -322,6 +357,10 @@ static PyMethodDef methods[] = {
     {"explain", (PyCFunction)(void (*)(void))model_explain, METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("explain(args, json=False, passes=False)\n--\n\nThe plan as text or JSON; with "
                "passes the graph as built and after each pass before it.")},
+    {"profile", (PyCFunction)(void (*)(void))model_profile, METH_VARARGS | METH_KEYWORDS,
+     PyDoc_STR("profile(args, json=False, repeats=0, flops=0.0, bandwidth=0.0)\n--\n\nRuns over "
+               "random inputs and says how long each step took, as text or JSON.  flops and "
+               "bandwidth, a second: what the device reaches, where accel does not know.")},
     {"stats", model_stats, METH_NOARGS,
      PyDoc_STR("stats()\n--\n\nRuns, plans, execs and bytes.")},
     {"drop_plans", model_drop_plans, METH_NOARGS,

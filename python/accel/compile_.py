@@ -593,8 +593,8 @@ def report_compiled(x):
     return {"components": entries, "loop": state.report()}
 
 
-def explain_compiled(x, *, json=False, passes=False, **args):
-    """The plan for the last call's sizes, or the given ones."""
+def explain_compiled(x, *, json=False, passes=False, profile=None, **args):
+    """The plan for the last call's sizes, or the given ones; `profile`: repeats and peaks."""
     if _is_pipeline(x):
         x = x.unet
     native = native_of(x)
@@ -604,5 +604,11 @@ def explain_compiled(x, *, json=False, passes=False, **args):
     if native.last_args is None and not args:
         raise InvalidArgument("explain: no call yet to take the sizes from; give batch=, height=, "
                               "width=, tokens=")
+    args = {**(native.last_args or {}), **args}
+    if profile is not None:
+        with native.lock:
+            native._follow(x)
+            model = native.model
+        return model.profile(args, json, **profile)
     model = native.model or _core.Model(config_text(x), None, "cpu", native.passes_off)
-    return model.explain({**(native.last_args or {}), **args}, json, passes)
+    return model.explain(args, json, passes)

@@ -372,10 +372,13 @@ def test_explain(sd):
     assert "[2, 4, 8, 8]" in text
     assert "[1, 4, 12, 8]" in accel.explain(fast.unet, batch=1, height=12)
     assert accel.explain(fast.vae, json=True).startswith("{")
+    assert "take longest" in accel.explain(fast.unet, profile=True, repeats=1)
     fresh = accel.compile(pipeline_module(sd[0]))
     with pytest.raises(accel.InvalidArgument, match="no call yet"):
         accel.explain(fresh)
     assert "arena" in accel.explain(fresh, batch=1, height=8, width=8, tokens=4, timesteps=1)
+    sizes = {"batch": 1, "height": 8, "width": 8, "tokens": 4, "timesteps": 1}
+    assert "take longest" in accel.explain(fresh, profile=True, repeats=1, **sizes)
 
 
 def pipeline_module(pipe):

@@ -1,0 +1,250 @@
+/* profile: runs a plan over random inputs and times its steps.  See profile.h.
+ *
+ *     a run as usual           derives weights, lets kernels choose algorithms, binds addresses
+ *     each section recorded    once as it is, once with a mark before and after each step
+ *     replayed, read           `repeats` times; the best of each step
+ *
+ * Without a backend that records (the CPU) sections are launched, and the host's clock read. */
+#include "profile.h"
+
+#include "exec_internal.h"
+
+#include <string.h>
+#include <time.h>
+
+#define REPEATS 10
+
+/* ---- points in time -------------------------------------------------------------------------- */
+
+typedef struct timer {
+    ac_exec *exec;
+    ac_device_lane *lane;
+    ac_recording *recording;
+    double *host;       /* ms; marks of a device whose launches return when done */
+    double *ms;         /* between neighbouring marks */
+} timer;
+
+static double
+now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
+}
+
+static ac_status
+mark(timer *t, int32_t index)
+{
+    const ac_device *device = t->exec->plan->device;
+    if (device->backend->time_mark) {
+        return device->backend->time_mark(device->self, t->lane->lane, index);
+    }
+    t->host[index] = now_ms();
+    return AC_OK;
+}
+
+static ac_status
+read_marks(timer *t, int32_t count)
+{
+    const ac_device *device = t->exec->plan->device;
+    if (device->backend->time_read) {
+        return device->backend->time_read(device->self, t->lane->lane, count, t->ms);
+    }
+    for (int32_t i = 0; i + 1 < count; i++) {
+        t->ms[i] = t->host[i + 1] - t->host[i];
+    }
+    return AC_OK;
+}
+
+/* ---- a section ------------------------------------------------------------------------------- */
+
+typedef struct section {
+    int32_t first, end;
+    bool each; /* a mark after every step, or only at both ends */
+} section;
+
+static ac_status
+launch(timer *t, const section *s)
+{
+    int32_t marks = 0;
+    AC_TRY(mark(t, marks++));
+    for (int32_t i = s->first; i < s->end; i++) {
+        ac_exec_resolve(t->exec, t->lane, i);
+        AC_TRY(ac_exec_launch(t->exec, t->lane, i));
+        if (s->each || i == s->end - 1) {
+            AC_TRY(mark(t, marks++));
+        }
+    }
+    return AC_OK;
+}
+
+static ac_status
+record(timer *t, const section *s)
+{
+    const ac_device *device = t->exec->plan->device;
+    AC_TRY(device->backend->record_begin(device->self, t->lane->lane));
+    ac_status launched = launch(t, s);
+    ac_status ended = device->backend->record_end(device->self, t->lane->lane, &t->recording);
+    return launched < 0 ? launched : ended;
+}
+
+static void
+forget(timer *t)
+{
+    const ac_device *device = t->exec->plan->device;
+    if (t->recording) {
+        device->backend->record_free(device->self, t->recording);
+        t->recording = NULL;
+    }
+}
+
+/* The least time between each two marks of the section. */
+static ac_status
+time_section(timer *t, const section *s, int32_t repeats, double *best)
+{
+    const ac_device *device = t->exec->plan->device;
+    int32_t times = s->each ? s->end - s->first : 1;
+    AC_TRY(launch(t, s)); /* also makes the marks, which a recording must not */
+    AC_TRY(device->backend->sync(device->self, t->lane->lane));
+    if (t->exec->can_record) {
+        AC_TRY(record(t, s));
+    }
+    for (int32_t r = 0; r < repeats; r++) {
+        AC_TRY(t->recording ? device->backend->replay(device->self, t->lane->lane, t->recording)
+                            : launch(t, s));
+        AC_TRY(read_marks(t, times + 1));
+        for (int32_t i = 0; i < times; i++) {
+            best[i] = r == 0 ? t->ms[i] : AC_MIN(best[i], t->ms[i]);
+        }
+    }
+    forget(t);
+    return AC_OK;
+}
+
+static ac_status
+time_all(timer *t, int32_t repeats, ac_profile_times *times)
+{
+    const ac_plan *plan = t->exec->plan;
+    for (int32_t r = AC_RATE_PROMPT; r < AC_RATE_COUNT; r++) {
+        section s = {.first = plan->first[r], .end = plan->first[r + 1]};
+        if (s.first == s.end) {
+            continue;
+        }
+        AC_TRY(time_section(t, &s, repeats, &times->section[r]));
+        s.each = true;
+        AC_TRY(time_section(t, &s, repeats, times->step + s.first));
+    }
+    return AC_OK;
+}
+
+ac_status
+ac_exec_profile(ac_exec *e, int32_t repeats, ac_profile_times *times)
+{
+    ac_device *device = e->plan->device;
+    size_t bytes = (size_t)(e->plan->n_steps + 2) * sizeof(double);
+    timer t = {.exec = e};
+    AC_TRY(ac_exec_run(e, AC_RATE_PROMPT));
+    AC_TRY(ac_device_lane_take(device, e->lane, &t.lane));
+    e->lane = t.lane;
+    t.host = ac_calloc(1, bytes);
+    t.ms = ac_calloc(1, bytes);
+    ac_status status = t.host && t.ms ? AC_OK : ac_no_memory(bytes);
+    if (status == AC_OK) {
+        status = ac_device_lane_reserve(device, t.lane, e->plan->arena_bytes,
+                                        e->plan->worker_scratch);
+    }
+    if (status == AC_OK && device->backend->lane_follow) {
+        status = device->backend->lane_follow(device->self, t.lane->lane, (ac_stream){0});
+    }
+    if (status == AC_OK) {
+        status = time_all(&t, repeats, times);
+    }
+    forget(&t);
+    ac_free(t.host);
+    ac_free(t.ms);
+    ac_device_lane_give(device, t.lane);
+    return status;
+}
+
+/* ---- random inputs --------------------------------------------------------------------------- */
+
+/* Uniform in +-sqrt(3): a power-limited chip is faster on zeros. */
+static void
+fill(const char *name, const ac_tensor *t)
+{
+    uint64_t state = ac_hash(name, strlen(name), AC_HASH_SEED) | 1;
+    bool mask = strstr(name, "mask") != NULL, time = strcmp(name, "timestep") == 0;
+    int64_t count = ac_tensor_count(t);
+    for (int64_t i = 0; i < count; i++) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        double x = ((double)(state >> 11) * 0x1p-52 - 1.0) * 1.7320508;
+        x = mask || !ac_dtype_is_float(t->dtype) ? 0.0 : time ? 500.0 : x;
+        ac_element_set(t->data, t->dtype, i, x);
+    }
+}
+
+/* Memory for all edges, one block after the other, 64 bytes apart at least. */
+static ac_status
+bind_random(ac_exec *e, char *memory, size_t *bytes)
+{
+    size_t at = 0;
+    for (int32_t i = 0; i < e->n_edges; i++) {
+        const ac_value *value = &e->plan->graph->values[e->edge_at[i]];
+        ac_tensor t = ac_tensor_of(memory ? memory + at : NULL, value->dtype, value->shape);
+        at = ac_align_up(at + ac_tensor_bytes(&t), 64);
+        if (!memory) {
+            continue;
+        }
+        if (value->output) {
+            AC_TRY(ac_exec_bind_output_host(e, value->output, &t));
+        } else {
+            fill(value->name, &t);
+            AC_TRY(ac_exec_bind_host(e, value->name, &t));
+        }
+    }
+    *bytes = at;
+    return AC_OK;
+}
+
+static ac_status
+profile_exec(ac_model *model, ac_exec *e, const ac_profile_args *args, bool json, ac_text *text)
+{
+    size_t bytes = 0, steps = (size_t)AC_MAX(e->plan->n_steps, 1) * sizeof(double);
+    AC_TRY(bind_random(e, NULL, &bytes));
+    char *memory = ac_malloc_aligned(AC_MAX(bytes, 64));
+    ac_profile_times times = {.step = ac_calloc(1, steps)};
+    ac_status status = memory && times.step ? AC_OK : ac_no_memory(bytes + steps);
+    if (status == AC_OK) {
+        status = bind_random(e, memory, &bytes);
+    }
+    if (status == AC_OK) {
+        status = ac_exec_profile(e, args->repeats, &times);
+    }
+    if (status == AC_OK) {
+        ac_profile_report(e->plan, ac_model_class_name(model), args, &times, json, text);
+    }
+    ac_exec_unbind(e);
+    ac_free_aligned(memory);
+    ac_free(times.step);
+    return status;
+}
+
+ac_status
+ac_model_profile(ac_model *model, const ac_build_args *build, const ac_profile_args *args,
+                 bool json, ac_text *text)
+{
+    const ac_caps *caps = &ac_model_device(model)->caps;
+    bool half = build->compute != AC_F32;
+    ac_profile_args full = *args;
+    ac_exec *exec;
+    full.repeats = args->repeats > 0 ? args->repeats : REPEATS;
+    full.flops = args->flops > 0.0 ? args->flops : half ? caps->half_flops : caps->float_flops;
+    full.bandwidth = args->bandwidth > 0.0 ? args->bandwidth : caps->bandwidth;
+    AC_TRY(ac_model_take(model, build, 0, &exec));
+    ac_exec_set_prompt(exec, 0);
+    ac_status status = profile_exec(model, exec, &full, json, text);
+    ac_model_give(model, exec);
+    return status;
+}
