@@ -45,8 +45,8 @@ is_packed(const ac_tensor *w)
     return w->shape.rank == 4 && w->shape.dim[2] == 1 && w->shape.dim[3] == 1;
 }
 
-static bool
-packed_gemm(const ac_problem *p, const void *prepared, ac_gemm *g)
+bool
+ac_conv_gemm(const ac_problem *p, const void *prepared, ac_gemm *g)
 {
     if (!ac_gemm_of(p, g)) {
         return false;
@@ -73,18 +73,18 @@ static bool
 supports_mma(const ac_problem *p, const ac_caps *caps)
 {
     ac_gemm g;
-    return packed_gemm(p, NULL, &g) && ac_gemm_mma_fits(&g, caps->isa);
+    return ac_conv_gemm(p, NULL, &g) && ac_gemm_mma_fits(&g, caps->isa);
 }
 
-static size_t
-prepared_bytes(const ac_problem *p, const ac_caps *)
+size_t
+ac_conv_prepared_bytes(const ac_problem *p, const ac_caps *)
 {
     const ac_tensor *w = &p->input[AC_CONV_W];
     return is_packed(w) ? 0 : ac_tensor_bytes(w);
 }
 
-static ac_status
-prepare(ac_lane *lane, const ac_problem *p, void *prepared)
+ac_status
+ac_conv_prepare(ac_lane *lane, const ac_problem *p, void *prepared)
 {
     const ac_tensor *w = &p->input[AC_CONV_W];
     int32_t up = w->shape.rank - 4;
@@ -104,7 +104,7 @@ launch_mma(ac_lane *lane, const ac_problem *p, void *, const void *prepared)
     if (!prepared && !is_packed(&p->input[AC_CONV_W])) {
         return launch_plain(lane, p, NULL, NULL); /* not a weight: nothing was prepared */
     }
-    packed_gemm(p, prepared, &g);
+    ac_conv_gemm(p, prepared, &g);
     return ac_gemm_mma_aligned(&g) ? ac_cuda_gemm_mma(lane, &g) : ac_cuda_gemm_plain(lane, &g);
 }
 
@@ -113,8 +113,8 @@ launch_mma(ac_lane *lane, const ac_problem *p, void *, const void *prepared)
         .name = text ".mma",                                                                       \
         .op = OP,                                                                                  \
         .supports = supports_mma,                                                                  \
-        .prepared_bytes = prepared_bytes,                                                          \
-        .prepare = prepare,                                                                        \
+        .prepared_bytes = ac_conv_prepared_bytes,                                                       \
+        .prepare = ac_conv_prepare,                                                                        \
         .launch = launch_mma,                                                                      \
     };                                                                                             \
     extern "C" const ac_kernel symbol##_plain = {                                                  \

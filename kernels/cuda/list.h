@@ -10,7 +10,8 @@ extern "C" {
 
 /* One row a kernel, by op, then by preference: libraries, tensor cores, plain. */
 #define AC_CUDA_KERNELS(X)                                                                         \
-    AC_CUDA_LIBRARY_KERNELS(X)                                                                     \
+    AC_CUDA_BLAS_KERNELS(X)                                                                        \
+    AC_CUDA_DNN_KERNELS(X)                                                                         \
     X(ac_cuda_linear_mma)                                                                          \
     X(ac_cuda_linear_plain)                                                                        \
     X(ac_cuda_conv2d_mma)                                                                          \
@@ -38,11 +39,16 @@ extern "C" {
     X(ac_cuda_fill)                                                                                \
     X(ac_cuda_phase_weight)
 
-/* Built only where the library's headers are. */
+/* Built only where the libraries' headers are. */
 #ifdef AC_HAVE_CUBLASLT
-#define AC_CUDA_LIBRARY_KERNELS(X) X(ac_cuda_linear_cublaslt)
+#define AC_CUDA_BLAS_KERNELS(X) X(ac_cuda_linear_cublaslt)
 #else
-#define AC_CUDA_LIBRARY_KERNELS(X)
+#define AC_CUDA_BLAS_KERNELS(X)
+#endif
+#ifdef AC_HAVE_CUDNN
+#define AC_CUDA_DNN_KERNELS(X) X(ac_cuda_conv2d_cudnn) X(ac_cuda_attention_cudnn)
+#else
+#define AC_CUDA_DNN_KERNELS(X)
 #endif
 
 #define X(name) extern const ac_kernel name;

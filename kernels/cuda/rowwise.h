@@ -1,4 +1,4 @@
-/* rowwise: activations and gates over evenly spaced rows of f16, bf16 or f32, 16 bytes at a time. */
+/* rowwise: activations and gates over evenly spaced rows of f16, bf16, f32, 16 bytes at a time. */
 #ifndef AC_CUDA_ROWWISE_H
 #define AC_CUDA_ROWWISE_H
 

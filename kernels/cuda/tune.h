@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-enum { AC_TUNE_KEY = 224, AC_TUNE_WAY = 64 }; /* longest texts, with their ends */
+enum { AC_TUNE_KEY = 320, AC_TUNE_WAY = 64 }; /* longest texts, with their ends */
 
 typedef struct ac_tune_ways {
     const char *key;

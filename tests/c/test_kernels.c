@@ -412,7 +412,7 @@ check_setup(const ac_backend *backend, void *self, const ac_caps *caps, const se
         bool plain = cpu && *k == plain_kernel(s->c->op);
         const ac_kernel *tested = *k;
         if (tested->op != s->c->op || (plain && (s->c->real || s->family != RANDOM)) ||
-            (o->quick && strstr(tested->name, "cublas"))) {
+            (o->quick && (strstr(tested->name, "cublas") || strstr(tested->name, "cudnn")))) {
             continue;
         }
         for (int32_t isa = cpu && !plain ? 0 : caps->isa; isa <= caps->isa; isa++) {

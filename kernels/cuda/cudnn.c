@@ -1,0 +1,563 @@
+/* cudnn: see dnn.h.  The backend C API; attribute types must match exactly. */
+#include "dnn.h"
+#include "tune.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { CONFIGURATIONS = 24, COMPILED = 1, PROBLEM_WAYS = CONFIGURATIONS + 1 };
+
+/* ---- the library ----------------------------------------------------------------------------- */
+
+#define ENTRY_POINTS(X)                                                                            \
+    X(GetVersion)                                                                                  \
+    X(GetLastErrorString)                                                                          \
+    X(Create)                                                                                      \
+    X(Destroy)                                                                                     \
+    X(SetStream)                                                                                   \
+    X(BackendCreateDescriptor)                                                                     \
+    X(BackendDestroyDescriptor)                                                                    \
+    X(BackendFinalize)                                                                             \
+    X(BackendSetAttribute)                                                                         \
+    X(BackendGetAttribute)                                                                         \
+    X(BackendExecute)
+
+static struct library {
+    size_t version; /* 91900; 0: none */
+#define X(name) __typeof__(cudnn##name) *name;
+    ENTRY_POINTS(X)
+#undef X
+} dnn;
+
+static pthread_once_t dnn_once = PTHREAD_ONCE_INIT;
+
+/* Attention is compiled by NVRTC, which cuDNN opens by name: that of pip's packages is not where
+ * the loader looks. */
+static void
+load_library(void)
+{
+    static const char *const names[] = {"libcudnn.so.9"}, *const folders[] = {"cudnn"};
+    static const char *const compilers[] = {"libnvrtc.so.13", "libnvrtc.so.12"};
+    static const char *const compiler_folders[] = {"cu13", "cuda_nvrtc"};
+    void *library = ac_cuda_library_open(&(ac_library_search){names, 1, folders, 1});
+    bool complete = library != NULL;
+    if (!library) {
+        ac_cuda_log(1, "cuda: no cuDNN 9 was found; own kernels take convolutions and attention "
+                       "(pip install nvidia-cudnn-cu13)");
+        return;
+    }
+#define X(name)                                                                                    \
+    *(void **)&dnn.name = dlsym(library, "cudnn" #name);                                           \
+    complete = complete && dnn.name;
+    ENTRY_POINTS(X)
+#undef X
+    if (!complete) {
+        ac_cuda_log(1, "cuda: cuDNN lacks entry points; own kernels take convolutions and "
+                       "attention");
+        return;
+    }
+    if (!ac_cuda_library_open(&(ac_library_search){compilers, 2, compiler_folders, 2})) {
+        ac_cuda_log(2, "cuda: no NVRTC was found: attention takes own kernels");
+    }
+    dnn.version = dnn.GetVersion();
+    ac_cuda_log(2, "cuda: cuDNN %zu", dnn.version);
+}
+
+bool
+ac_dnn_found(int32_t minor)
+{
+    pthread_once(&dnn_once, load_library);
+    return dnn.version >= (size_t)(90000 + 100 * minor);
+}
+
+/* ---- descriptions ---------------------------------------------------------------------------- */
+
+ac_dnn_descriptor
+ac_dnn_begin(ac_dnn_graph *g, cudnnBackendDescriptorType_t type)
+{
+    ac_dnn_descriptor d = NULL;
+    if (g->status == CUDNN_STATUS_SUCCESS && g->n_made == (int32_t)AC_ARRAY_LEN(g->made)) {
+        g->status = CUDNN_STATUS_BAD_PARAM;
+    }
+    if (g->status == CUDNN_STATUS_SUCCESS) {
+        g->status = dnn.BackendCreateDescriptor(type, &d);
+    }
+    if (g->status == CUDNN_STATUS_SUCCESS) {
+        g->made[g->n_made++] = d;
+    }
+    return d;
+}
+
+void
+ac_dnn_set(ac_dnn_graph *g, ac_dnn_descriptor d, cudnnBackendAttributeName_t name,
+           cudnnBackendAttributeType_t type, int64_t count, const void *values)
+{
+    if (g->status == CUDNN_STATUS_SUCCESS) {
+        g->status = dnn.BackendSetAttribute(d, name, type, count, values);
+    }
+}
+
+void
+ac_dnn_set_part(ac_dnn_graph *g, ac_dnn_descriptor d, cudnnBackendAttributeName_t name,
+                ac_dnn_descriptor part)
+{
+    ac_dnn_set(g, d, name, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &part);
+}
+
+void
+ac_dnn_end(ac_dnn_graph *g, ac_dnn_descriptor d, bool operation)
+{
+    if (g->status == CUDNN_STATUS_SUCCESS) {
+        g->status = dnn.BackendFinalize(d);
+    }
+    if (operation && g->n_operations < (int32_t)AC_ARRAY_LEN(g->operation)) {
+        g->operation[g->n_operations++] = d;
+    }
+}
+
+static cudnnDataType_t
+type_of(ac_dtype dtype)
+{
+    return dtype == AC_F16    ? CUDNN_DATA_HALF
+           : dtype == AC_BF16 ? CUDNN_DATA_BFLOAT16
+                              : CUDNN_DATA_FLOAT;
+}
+
+ac_dnn_descriptor
+ac_dnn_tensor_new(ac_dnn_graph *g, const ac_dnn_tensor *t)
+{
+    ac_dnn_descriptor d = ac_dnn_begin(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
+    cudnnDataType_t type = type_of(t->dtype);
+    int64_t alignment = 16;
+    ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64, 1, &t->id);
+    ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
+    ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64, 1, &alignment);
+    ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, t->dim);
+    ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 4, t->stride);
+    if (t->inner) {
+        ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, &t->inner);
+    }
+    if (t->by_value) {
+        ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, &t->by_value);
+    }
+    ac_dnn_end(g, d, false);
+    return d;
+}
+
+void
+ac_dnn_add(ac_dnn_graph *g, ac_dnn_descriptor a, ac_dnn_descriptor b, ac_dnn_descriptor y)
+{
+    cudnnDataType_t precision = CUDNN_DATA_FLOAT;
+    cudnnPointwiseMode_t mode = CUDNN_POINTWISE_ADD;
+    ac_dnn_descriptor how = ac_dnn_begin(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
+    ac_dnn_set(g, how, CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, 1, &mode);
+    ac_dnn_set(g, how, CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, 1, &precision);
+    ac_dnn_end(g, how, false);
+    ac_dnn_descriptor op = ac_dnn_begin(g, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR);
+    ac_dnn_set_part(g, op, CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, how);
+    ac_dnn_set_part(g, op, CUDNN_ATTR_OPERATION_POINTWISE_XDESC, a);
+    ac_dnn_set_part(g, op, CUDNN_ATTR_OPERATION_POINTWISE_BDESC, b);
+    ac_dnn_set_part(g, op, CUDNN_ATTR_OPERATION_POINTWISE_YDESC, y);
+    ac_dnn_end(g, op, true);
+}
+
+/* ---- problems -------------------------------------------------------------------------------- */
+
+/* A configuration, made a plan when it is first tried. */
+typedef struct way {
+    ac_dnn_descriptor configuration, plan;
+    bool failed;
+    char name[AC_TUNE_WAY];
+} way;
+
+typedef struct problem {
+    ac_dnn_key key;
+    way *ways; /* the library's, in its order; then, if count < n_ways, our own kernel */
+    int32_t count, n_ways, chosen;
+} problem;
+
+struct ac_cuda_dnn {
+    cudnnHandle_t handle;
+    problem *problems;
+    int32_t count, capacity;
+};
+
+static void
+destroy(ac_dnn_descriptor *d)
+{
+    if (*d) {
+        dnn.BackendDestroyDescriptor(*d);
+        *d = NULL;
+    }
+}
+
+/* All ways but `keep`. */
+static void
+free_ways(problem *p, int32_t keep)
+{
+    for (int32_t i = 0; i < p->count; i++) {
+        if (i != keep) {
+            destroy(&p->ways[i].plan);
+        }
+        destroy(&p->ways[i].configuration);
+    }
+}
+
+void
+ac_cuda_dnn_free(ac_cuda_dnn *d)
+{
+    if (!d) {
+        return;
+    }
+    for (int32_t i = 0; i < d->count; i++) {
+        free_ways(&d->problems[i], -1);
+        ac_cuda_host->free(d->problems[i].ways);
+    }
+    if (d->handle) {
+        dnn.Destroy(d->handle);
+    }
+    ac_cuda_host->free(d->problems);
+    ac_cuda_host->free(d);
+}
+
+static ac_status
+refuse(const char *what, cudnnStatus_t status)
+{
+    char text[200] = "";
+    dnn.GetLastErrorString(text, sizeof text);
+    text[strcspn(text, "\n")] = '\0';
+    bool unsupported = CUDNN_STATUS_CATEGORY(status) != CUDNN_STATUS_EXECUTION_FAILED;
+    return ac_cuda_fail(unsupported ? AC_E_UNSUPPORTED : AC_E_DEVICE,
+                        "cuda: %s: cuDNN status %d %s", what, (int)status, text);
+}
+
+static ac_status
+check(cudnnStatus_t status, const char *what)
+{
+    return status == CUDNN_STATUS_SUCCESS ? AC_OK : refuse(what, status);
+}
+
+/* ---- configurations -------------------------------------------------------------------------- */
+
+/* Whether an engine's results are as exact as asked for, and the same in every run. */
+static bool
+engine_fits(ac_dnn_descriptor engine, ac_dtype dtype, bool *compiled)
+{
+    cudnnBackendNumericalNote_t note[CUDNN_NUMERICAL_NOTE_TYPE_COUNT + 8];
+    cudnnBackendBehaviorNote_t behavior[CUDNN_BEHAVIOR_NOTE_TYPE_COUNT + 8];
+    int64_t notes = 0, behaviors = 0;
+    if (dnn.BackendGetAttribute(engine, CUDNN_ATTR_ENGINE_NUMERICAL_NOTE,
+                                CUDNN_TYPE_NUMERICAL_NOTE, AC_ARRAY_LEN(note), &notes, note) ||
+        dnn.BackendGetAttribute(engine, CUDNN_ATTR_ENGINE_BEHAVIOR_NOTE, CUDNN_TYPE_BEHAVIOR_NOTE,
+                                AC_ARRAY_LEN(behavior), &behaviors, behavior)) {
+        return false;
+    }
+    bool fits = true;
+    for (int64_t i = 0; i < notes; i++) {
+        fits = fits && (note[i] == CUDNN_NUMERICAL_NOTE_STRICT_NAN_PROP ||
+                        (note[i] == CUDNN_NUMERICAL_NOTE_TENSOR_CORE && dtype != AC_F32));
+    }
+    *compiled = false;
+    for (int64_t i = 0; i < behaviors; i++) {
+        *compiled = *compiled || behavior[i] == CUDNN_BEHAVIOR_NOTE_RUNTIME_COMPILATION;
+    }
+    return fits;
+}
+
+/* Engine and its knobs, "e41 9e3779b97f4a7c15". */
+static void
+name_knobs(ac_dnn_descriptor configuration, int64_t engine, char name[AC_TUNE_WAY])
+{
+    ac_dnn_descriptor knob[CUDNN_KNOB_TYPE_COUNTS];
+    int64_t count = 0;
+    uint64_t hash = UINT64_C(0xcbf29ce484222325);
+    int32_t made = 0;
+    while (made < CUDNN_KNOB_TYPE_COUNTS &&
+           dnn.BackendCreateDescriptor(CUDNN_BACKEND_KNOB_CHOICE_DESCRIPTOR, &knob[made]) ==
+               CUDNN_STATUS_SUCCESS) {
+        made++;
+    }
+    if (dnn.BackendGetAttribute(configuration, CUDNN_ATTR_ENGINECFG_KNOB_CHOICES,
+                                CUDNN_TYPE_BACKEND_DESCRIPTOR, made, &count, knob)) {
+        count = 0;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        cudnnBackendKnobType_t type = CUDNN_KNOB_TYPE_COUNTS;
+        int64_t value = 0, one;
+        dnn.BackendGetAttribute(knob[i], CUDNN_ATTR_KNOB_CHOICE_KNOB_TYPE, CUDNN_TYPE_KNOB_TYPE, 1,
+                                &one, &type);
+        dnn.BackendGetAttribute(knob[i], CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE, CUDNN_TYPE_INT64, 1,
+                                &one, &value);
+        hash = (hash ^ (uint64_t)type) * UINT64_C(0x100000001b3);
+        hash = (hash ^ (uint64_t)value) * UINT64_C(0x100000001b3);
+    }
+    for (int32_t i = 0; i < made; i++) {
+        destroy(&knob[i]);
+    }
+    snprintf(name, AC_TUNE_WAY, "e%lld %016llx", (long long)engine, (unsigned long long)hash);
+}
+
+/* Takes `configuration` over if it fits. */
+static bool
+take(problem *p, ac_dnn_descriptor configuration, int32_t *compiled)
+{
+    ac_dnn_descriptor engine = NULL;
+    int64_t one, index = -1;
+    bool needs_compiler = false, fits = false;
+    if (p->count == CONFIGURATIONS ||
+        dnn.BackendCreateDescriptor(CUDNN_BACKEND_ENGINE_DESCRIPTOR, &engine)) {
+        return false;
+    }
+    if (!dnn.BackendGetAttribute(configuration, CUDNN_ATTR_ENGINECFG_ENGINE,
+                                 CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &one, &engine) &&
+        !dnn.BackendGetAttribute(engine, CUDNN_ATTR_ENGINE_GLOBAL_INDEX, CUDNN_TYPE_INT64, 1, &one,
+                                 &index)) {
+        fits = engine_fits(engine, (ac_dtype)p->key.dtype, &needs_compiler);
+    }
+    destroy(&engine);
+    /* A convolution's engine 0 is a hundred times slower than ours. */
+    fits = fits && (p->key.kind != AC_DNN_CONV || (index != 0 && !needs_compiler)) &&
+           (!needs_compiler || *compiled < COMPILED);
+    if (fits) {
+        *compiled += needs_compiler;
+        way *w = &p->ways[p->count++];
+        w->configuration = configuration;
+        name_knobs(configuration, index, w->name);
+    }
+    return fits;
+}
+
+static cudnnStatus_t
+ask(problem *p, ac_dnn_descriptor graph, cudnnBackendHeurMode_t mode, int32_t *compiled)
+{
+    enum { MOST = 64 };
+    ac_dnn_descriptor heuristic = NULL, found[MOST] = {NULL};
+    int64_t count = 0;
+    cudnnStatus_t status = dnn.BackendCreateDescriptor(CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR,
+                                                       &heuristic);
+    for (int i = 0; !status && i < MOST; i++) {
+        status = dnn.BackendCreateDescriptor(CUDNN_BACKEND_ENGINECFG_DESCRIPTOR, &found[i]);
+    }
+    status = status ? status
+                    : dnn.BackendSetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH,
+                                              CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &graph);
+    status = status ? status
+                    : dnn.BackendSetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_MODE,
+                                              CUDNN_TYPE_HEUR_MODE, 1, &mode);
+    status = status ? status : dnn.BackendFinalize(heuristic);
+    status = status ? status
+                    : dnn.BackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS,
+                                              CUDNN_TYPE_BACKEND_DESCRIPTOR, MOST, &count, found);
+    for (int i = 0; i < MOST; i++) {
+        if (!status && i < count && take(p, found[i], compiled)) {
+            found[i] = NULL;
+        }
+        destroy(&found[i]);
+    }
+    destroy(&heuristic);
+    return status;
+}
+
+/* The configurations for a problem; none when the library cannot do it. */
+static void
+list_ways(ac_cuda_dnn *d, problem *p, const ac_dnn_call *call)
+{
+    ac_dnn_graph g = {.status = CUDNN_STATUS_SUCCESS};
+    int32_t compiled = 0;
+    call->describe(&g, &p->key);
+    ac_dnn_descriptor graph = ac_dnn_begin(&g, CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR);
+    ac_dnn_set(&g, graph, CUDNN_ATTR_OPERATIONGRAPH_OPS, CUDNN_TYPE_BACKEND_DESCRIPTOR,
+               g.n_operations, g.operation);
+    ac_dnn_set(&g, graph, CUDNN_ATTR_OPERATIONGRAPH_HANDLE, CUDNN_TYPE_HANDLE, 1, &d->handle);
+    ac_dnn_end(&g, graph, false);
+    if (g.status == CUDNN_STATUS_SUCCESS) {
+        ask(p, graph, CUDNN_HEUR_MODE_A, &compiled);
+        if (p->count == 0) {
+            ask(p, graph, CUDNN_HEUR_MODE_FALLBACK, &compiled);
+        }
+    } else {
+        refuse("a graph", g.status);
+    }
+    for (int32_t i = g.n_made - 1; i >= 0; i--) {
+        destroy(&g.made[i]);
+    }
+}
+
+/* ---- running --------------------------------------------------------------------------------- */
+
+typedef struct trial {
+    const ac_dnn_call *call;
+    ac_cuda_dnn *dnn;
+    problem *problem;
+} trial;
+
+static ac_status
+make_plan(trial *t, way *w)
+{
+    int64_t bytes = 0, one;
+    cudnnStatus_t status = dnn.BackendCreateDescriptor(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR,
+                                                       &w->plan);
+    status = status ? status
+                    : dnn.BackendSetAttribute(w->plan, CUDNN_ATTR_EXECUTION_PLAN_HANDLE,
+                                              CUDNN_TYPE_HANDLE, 1, &t->dnn->handle);
+    status = status ? status
+                    : dnn.BackendSetAttribute(w->plan, CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG,
+                                              CUDNN_TYPE_BACKEND_DESCRIPTOR, 1,
+                                              &w->configuration);
+    status = status ? status : dnn.BackendFinalize(w->plan);
+    status = status ? status
+                    : dnn.BackendGetAttribute(w->plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE,
+                                              CUDNN_TYPE_INT64, 1, &one, &bytes);
+    if (!status && bytes > (int64_t)t->call->workspace_bytes) {
+        status = CUDNN_STATUS_NOT_SUPPORTED;
+    }
+    if (status) {
+        w->failed = true;
+        destroy(&w->plan);
+        return refuse("a plan", status);
+    }
+    return AC_OK;
+}
+
+static cudnnStatus_t
+execute(const ac_dnn_call *c, ac_cuda_dnn *d, ac_dnn_descriptor plan)
+{
+    ac_dnn_descriptor pack = NULL;
+    cudnnStatus_t status = dnn.BackendCreateDescriptor(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR,
+                                                       &pack);
+    status = status ? status
+                    : dnn.BackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS,
+                                              CUDNN_TYPE_INT64, c->n_operands, c->id);
+    status = status ? status
+                    : dnn.BackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS,
+                                              CUDNN_TYPE_VOID_PTR, c->n_operands, c->address);
+    status = status ? status
+                    : dnn.BackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_WORKSPACE,
+                                              CUDNN_TYPE_VOID_PTR, 1, &c->workspace);
+    status = status ? status : dnn.BackendFinalize(pack);
+    status = status ? status : dnn.BackendExecute(d->handle, plan, pack);
+    destroy(&pack);
+    return status;
+}
+
+static ac_status
+run_way(void *context, int32_t i)
+{
+    trial *t = context;
+    const ac_dnn_call *c = t->call;
+    if (i == t->problem->count) {
+        return c->own(c->lane, c->context);
+    }
+    way *w = &t->problem->ways[i];
+    if (w->failed) {
+        return ac_cuda_fail(AC_E_UNSUPPORTED, "cuda: cuDNN refused this configuration");
+    }
+    if (!w->plan) {
+        AC_TRY(make_plan(t, w));
+    }
+    AC_TRY(check(execute(c, t->dnn, w->plan), "cudnnBackendExecute"));
+    return ac_cuda_launched(c->lane, cudaGetLastError(), "cudnnBackendExecute");
+}
+
+static void
+name_way(const void *context, int32_t i, char name[AC_TUNE_WAY])
+{
+    const trial *t = context;
+    snprintf(name, AC_TUNE_WAY, "%s", i == t->problem->count ? "own" : t->problem->ways[i].name);
+}
+
+static void
+key_text(const ac_dnn_key *key, char text[AC_TUNE_KEY])
+{
+    int used = snprintf(text, AC_TUNE_KEY, "cuDNN %zu %s %s", dnn.version,
+                        key->kind == AC_DNN_CONV ? "conv" : "attention",
+                        ac_dtype_name((ac_dtype)key->dtype));
+    for (size_t i = 0; i < AC_ARRAY_LEN(key->value) && used < AC_TUNE_KEY; i++) {
+        used += snprintf(text + used, (size_t)(AC_TUNE_KEY - used), " %lld",
+                         (long long)key->value[i]);
+    }
+}
+
+/* The choice, and the problem done with it once; a choice that fails is followed by the others in
+ * their order. */
+static ac_status
+first_run(trial *t)
+{
+    problem *p = t->problem;
+    char text[AC_TUNE_KEY];
+    key_text(&p->key, text);
+    ac_tune_ways ways = {text, p->n_ways, t, name_way, run_way};
+    int32_t best = 0;
+    if (p->n_ways == 0) {
+        return ac_cuda_fail(AC_E_UNSUPPORTED, "cuda: neither cuDNN nor a kernel of ours has %s",
+                            text);
+    }
+    AC_TRY(ac_tune_choose(t->call->lane, *ac_cuda_libraries_slot(t->call->lane), &ways, &best));
+    ac_status status = run_way(t, best);
+    for (int32_t i = 0; status == AC_E_UNSUPPORTED && i < p->n_ways; i++) {
+        best = i;
+        status = run_way(t, i);
+    }
+    AC_TRY(status);
+    p->chosen = best;
+    free_ways(p, best);
+    return AC_OK;
+}
+
+static ac_status
+find_handle(ac_cuda_libraries *libraries, cudaStream_t stream)
+{
+    if (!libraries->dnn) {
+        AC_TRY(ac_cuda_heap(sizeof *libraries->dnn, (void **)&libraries->dnn));
+    }
+    if (!libraries->dnn->handle) {
+        AC_TRY(check(dnn.Create(&libraries->dnn->handle), "cudnnCreate"));
+    }
+    return check(dnn.SetStream(libraries->dnn->handle, stream), "cudnnSetStream");
+}
+
+static ac_status
+new_problem(trial *t)
+{
+    ac_cuda_dnn *d = t->dnn;
+    AC_TRY(ac_cuda_heap_grow((void **)&d->problems, d->count, &d->capacity, sizeof *d->problems));
+    problem *p = &d->problems[d->count];
+    *p = (problem){.key = t->call->key, .chosen = -1};
+    AC_TRY(ac_cuda_heap(sizeof *p->ways * CONFIGURATIONS, (void **)&p->ways));
+    list_ways(d, p, t->call);
+    p->n_ways = p->count + (t->call->own && (!t->call->own_is_slow || p->count == 0));
+    t->problem = p;
+    ac_status status = first_run(t);
+    if (status < 0) {
+        free_ways(p, -1);
+        ac_cuda_host->free(p->ways);
+        return status;
+    }
+    d->count++;
+    return AC_OK;
+}
+
+static ac_status
+run(const ac_dnn_call *call, ac_cuda_libraries *libraries)
+{
+    AC_TRY(find_handle(libraries, call->lane->stream));
+    trial t = {.call = call, .dnn = libraries->dnn};
+    for (int32_t i = 0; i < t.dnn->count; i++) {
+        t.problem = &t.dnn->problems[i];
+        if (memcmp(&t.problem->key, &call->key, sizeof call->key) == 0) {
+            return run_way(&t, t.problem->chosen);
+        }
+    }
+    return new_problem(&t);
+}
+
+ac_status
+ac_dnn_run(const ac_dnn_call *call)
+{
+    ac_cuda_libraries *libraries;
+    int previous;
+    AC_TRY(ac_cuda_libraries_enter(call->lane, &libraries, &previous));
+    return ac_cuda_libraries_leave(call->lane, previous, run(call, libraries));
+}
