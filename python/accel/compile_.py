@@ -260,6 +260,7 @@ class Native:
 
     def call(self, method, args, kwargs):
         """The engine where it can, else the original."""
+        from . import torch_upcast
         from .torch_watch import Fallback
 
         module = self.module()
@@ -277,7 +278,10 @@ class Native:
         if first:
             warnings.warn(f"accel: {self.class_name} runs its original {method}: {why}",
                           FallbackWarning, stacklevel=3)
-        return self.originals[method].__get__(module)(*args, **kwargs)
+        original = self.originals[method].__get__(module)
+        if torch_upcast.is_needed(module):
+            return torch_upcast.run(module, original, args, kwargs)
+        return original(*args, **kwargs)
 
     def _try(self, module, method, args, kwargs):
         import torch
@@ -399,12 +403,14 @@ def _moves(module, fn):
 
 def _getstate_of(native):
     """Copies and pickles of a compiled module are plain ones."""
+    from .torch_upcast import restore
 
     def __getstate__():
         state = dict(native.module().__dict__)
         for key in (MARK, "_apply", "__getstate__", *native.calls.methods):
             if key != "forward" or getattr(state.get(key), "_accel", None) is native:
                 state.pop(key, None)
+        restore(state)
         return state
 
     return __getstate__
@@ -431,6 +437,7 @@ def _check_free(module, method):
 
 def _attach(module, passes_off):
     from .torch_calls import CALLS
+    from .torch_upcast import hide
 
     calls = CALLS[type(module).__name__]
     for method in calls.methods:
@@ -446,10 +453,14 @@ def _attach(module, passes_off):
     module.__dict__["_apply"] = _apply_of(native, type(module))
     module.__dict__["__getstate__"] = _getstate_of(native)
     module.__dict__[MARK] = native
+    hide(module)
 
 
 def _detach(module):
+    from .torch_upcast import restore
+
     native = module.__dict__.pop(MARK)
+    restore(module.__dict__)
     for key in [*native.calls.methods, "_old_forward"]:
         if getattr(module.__dict__.get(key), "_accel", None) is not native:
             continue
