@@ -8,13 +8,15 @@ seed gives the same picture. The latents are float32 whatever the module's dtype
 in the dtype of the prompt.
 """
 
+import types
 import warnings
 
 import torch
 
 from . import _core
 from ._core import ShapeError, UnsupportedError
-from .compile_ import PIPES, REFUSALS, FallbackWarning, is_in_front, native_of
+from .compile_ import PIPES, is_in_front, native_of
+from .torch_native import REFUSALS, FallbackWarning
 from .torch_watch import Fallback
 
 # ---- what the loop stands on ---------------------------------------------------------------------
@@ -37,17 +39,37 @@ def native_unet(pipe):
 
 
 def check_scheduler(scheduler):
-    """Only diffusers' own classes do what their config says."""
+    """Only diffusers' own classes do what their config says, and only as they were written."""
     cls = type(scheduler)
     if cls.__name__ not in _core.scheduler_classes() or not _is_diffusers(cls):
         raise Fallback(f"scheduler {cls.__name__}")
-    for name in ("step", "scale_model_input", "set_timesteps"):
-        if name in scheduler.__dict__ or not _is_diffusers(getattr(cls, name)):
-            raise Fallback(f"the scheduler's {name} was replaced")
+    replaced = [n for n, value in vars(scheduler).items() if callable(value)]
+    for base in filter(_is_diffusers, cls.__mro__):
+        replaced += [n for n, value in vars(base).items()
+                     if isinstance(value, types.FunctionType) and not _is_diffusers(value)]
+    if replaced:
+        raise Fallback(f"the scheduler's {replaced[0]} was replaced")
+    config = scheduler.config
+    for name, value in config.items():  # diffusers reads attributes, to_json_string writes items
+        now = getattr(config, name, value)
+        if now is not value and repr(now) != repr(value):
+            raise Fallback(f"the scheduler's config.{name} was changed in place")
 
 
 def _is_diffusers(thing):
     return thing.__module__.startswith("diffusers.")
+
+
+def _check_levels(scheduler, table):
+    """The noise levels that the scheduler steps by are those of its config."""
+    expected = torch.tensor(table.alphas_cumprod, dtype=torch.float64)
+    levels = scheduler.alphas_cumprod.cpu().double()
+    if len(levels) != len(expected) or not torch.allclose(levels, expected, 1e-4, 2e-6):
+        raise Fallback("the scheduler has other noise levels than its config gives")
+    if hasattr(scheduler, "final_alpha_cumprod"):
+        last = 1.0 if scheduler.config.set_alpha_to_one else float(levels[0])
+        if not _near([float(scheduler.final_alpha_cumprod)], [last], 1e-5):
+            raise Fallback("the scheduler has another final_alpha_cumprod than its config gives")
 
 
 def _near(a, b, tolerance):
@@ -65,6 +87,7 @@ def _table(scheduler, steps, eta):
         raise Fallback("the scheduler has other timesteps than its config gives")
     if not _near([table.init_noise_sigma], [float(scheduler.init_noise_sigma)], 1e-5):
         raise Fallback("the scheduler has another init_noise_sigma than its config gives")
+    _check_levels(scheduler, table)
     return table
 
 
@@ -127,17 +150,26 @@ class Loop:
             hook = unet.__dict__.get("_hf_hook")
             if hook is not None:
                 hook.pre_forward(unet)
-            with native.running(unet) as model:
-                self._denoise(native, model)
+            self.guidance = self._guidance()
+            conditions = self._conditions()
+            args = self._args(conditions)
+            with native.running(unet, args) as model:
+                self._denoise(native, model, conditions, args)
         except Fallback as reason:
             if not self.started:
                 raise
             self._rest_by_module(str(reason))
 
-    def _denoise(self, native, model):
+    def _args(self, conditions):
+        """Sizes of the UNet's runs."""
+        batch, tokens, _ = conditions["encoder_hidden_states"].shape
+        ids = conditions.get("time_ids")
+        return {"entry": "forward", "batch": batch, "height": self.latents.shape[2],
+                "width": self.latents.shape[3], "tokens": tokens, "timesteps": len(self.table),
+                "loop": True, "time_ids": 0 if ids is None else ids.shape[1]}
+
+    def _denoise(self, native, model, conditions, args):
         first = self.next
-        self.guidance = self._guidance()
-        conditions = self._conditions()
         self.seen = self._marks()
         options = {}
         if self.latents.is_cuda:
@@ -150,18 +182,13 @@ class Loop:
             _core.denoise(model, self.table, self.latents, conditions, [_core.Rng(0)],
                           guidance_scale=self.guidance[0], guidance_rescale=self.guidance[1],
                           callback=step, first_row=first, noise=self.noise,
-                          registers=self.registers, **options)
+                          registers=self.registers, compute=native.compute, **options)
         except REFUSALS as error:
             if self.started:
                 raise
             raise Fallback(f"{type(error).__name__}: {error}") from None
         finally:
-            native.count(self.next - first, {
-                "entry": "forward", "batch": len(conditions["encoder_hidden_states"]),
-                "height": self.latents.shape[2], "width": self.latents.shape[3],
-                "tokens": conditions["encoder_hidden_states"].shape[1],
-                "timesteps": len(self.table), "loop": True,
-                "time_ids": conditions["time_ids"].shape[1] if "time_ids" in conditions else 0})
+            native.count(self.next - first, args | {"compute": native.compute})
 
     def _guidance(self):
         """Scale and rescale as the engine takes them, 1 for none."""
