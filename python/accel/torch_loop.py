@@ -15,8 +15,7 @@ import torch
 
 from . import _core
 from ._core import ShapeError, UnsupportedError
-from .compile_ import PIPES, is_in_front, native_of
-from .torch_native import REFUSALS, FallbackWarning
+from .compile_ import PIPES, REFUSALS, FallbackWarning, is_in_front, native_of
 from .torch_watch import Fallback
 
 # ---- what the loop stands on ---------------------------------------------------------------------
