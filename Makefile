@@ -56,11 +56,11 @@ CUDA_OBJ         := $(patsubst %.cu,$(B)/%.cu.o,$(wildcard kernels/cuda/*.cu)) \
                     $(patsubst %.c,$(B)/cuda/%.o,$(CUDA_C) csrc/tensor.c)
 CUDA_HOST_FLAGS  := -fPIC,-fvisibility=hidden
 
-$(B)/%.cu.o: %.cu $(wildcard kernels/cuda/*.cuh kernels/cuda/*.h) csrc/base.h csrc/tensor.h csrc/ops.h csrc/ops.def csrc/kernel.h csrc/device.h
+$(B)/%.cu.o: %.cu $(wildcard kernels/cuda/*.cuh kernels/cuda/*.h) csrc/base.h csrc/tensor.h csrc/ops.h csrc/ops.def csrc/kernel.h csrc/device.h csrc/sampler.h
 	@mkdir -p $(@D)
 	$(NVCC) -std=c++20 -O3 $(GENCODE) -Xcompiler $(CUDA_HOST_FLAGS),-Wall -c $< -o $@
 
-$(B)/cuda/%.o: %.c $(wildcard kernels/cuda/*.h) csrc/base.h csrc/tensor.h csrc/ops.h csrc/ops.def csrc/kernel.h csrc/device.h
+$(B)/cuda/%.o: %.c $(wildcard kernels/cuda/*.h) csrc/base.h csrc/tensor.h csrc/ops.h csrc/ops.def csrc/kernel.h csrc/device.h csrc/sampler.h
 	@mkdir -p $(@D)
 	$(NVCC) -O2 -x c $(CUDA_FLAGS) -Xcompiler -std=c11,-D_GNU_SOURCE,-Wall,-Wextra,$(CUDA_HOST_FLAGS) -c $< -o $@
 

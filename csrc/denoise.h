@@ -12,14 +12,15 @@
 #include "rng.h"
 #include "scheduler.h"
 
-/* Called after row `index` with the latents [n, c, h, w] f32, which it may change in place.
- * Returns 0 to go on, 1 to stop here (the latents so far are the result), or a negative status:
- * the run fails with the message set. */
+/* Called after row `index` with the caller's latents [n, c, h, w] f32, which it may change in
+ * place; where they are on the device, in the order of the stream.  Returns 0 to go on, 1 to stop here
+ * (the latents so far are the result), or a negative status: the run fails with the message set. */
 typedef ac_status (*ac_step_fn)(void *arg, int32_t index, double timestep, float *latents);
 
 typedef struct ac_condition {
     const char *name; /* of a UNet input */
-    ac_tensor tensor; /* host memory */
+    ac_tensor tensor;
+    bool device;      /* in the device's memory, not the host's */
 } ac_condition;
 
 typedef struct ac_denoise_args {
@@ -33,19 +34,26 @@ typedef struct ac_denoise_args {
     const ac_condition *condition;
     int32_t n_conditions;
     int64_t tokens;
-    ac_dtype compute;       /* of the UNet's activations; latents and conditions are f32 */
+    ac_dtype compute;       /* of the UNet's activations; what the UNet is given has the dtype of
+                             * "encoder_hidden_states", latents and the sampler are f32 or better */
     double guidance_scale;  /* <= 1: no guidance, batch n */
     double guidance_rescale; /* 0: off (Lin et al. 2023, section 3.4) */
     ac_rng *rng;            /* n of them, or one for all images as PyTorch draws for a batch */
     int32_t n_rng;
+    /* latents, noise and registers are in the device's memory (CUDA: of the model's GPU). */
+    bool device;
+    ac_stream stream;       /* given: what is on the device belongs to it, and so does the result */
     /* Noise of somebody else's generator: [n_rows, n, c, h, w] f32, row k read when row k runs and
      * draws_noise, so the callback may fill it row by row.  NULL: drawn from rng. */
     const float *noise;
     /* What the sampler remembers: [AC_SCHED_REGISTERS, n, c, h, w] f32, so that another call can go
      * on at a later first_row, with other conditions or guidance.  NULL: the loop's own. */
     float *registers;
-    ac_step_fn callback;    /* NULL: none */
-    void *callback_arg;
+    ac_step_fn callback;    /* NULL: none.  Without one the host never waits for a step's latents */
+    void *callback_arg;     /* of poll too */
+    /* Called after a row without a callback, which on a device may still be running: signals.
+     * Returns as a callback.  NULL: none. */
+    ac_status (*poll)(void *arg);
     const _Atomic int *cancel; /* not 0: stop with AC_E_CANCELLED; NULL: none */
 } ac_denoise_args;
 

@@ -8,8 +8,9 @@
 #define AC_DEVICE_H
 
 #include "kernel.h"
+#include "sampler.h"
 
-#define AC_ABI 2 /* of ac_backend and everything it reaches; another number is refused */
+#define AC_ABI 3 /* of ac_backend and everything it reaches; another number is refused */
 
 typedef struct ac_host {
     uint32_t abi;
@@ -62,6 +63,9 @@ typedef struct ac_backend {
     void (*event_free)(void *self, ac_event *event);
     ac_status (*event_record)(void *self, ac_lane *lane, ac_event *event);
     ac_status (*event_wait)(void *self, ac_event *event);
+    /* Launches one phase of a sampler's step; sampler.h. */
+    ac_status (*sampler)(void *self, ac_lane *lane, const ac_sampler_job *job,
+                         ac_sampler_phase phase);
     /* Recording of launches for replay; all NULL where there is none (CPU, null).  What is
      * launched in between does not run; a failed launch still takes its record_end. */
     ac_status (*record_begin)(void *self, ac_lane *lane);

@@ -309,7 +309,7 @@ run_on(ac_exec *e, ac_device_lane *lane, const ac_run *run)
     AC_TRY(ac_exec_place_edges(e, run));
     ac_rate start = e->ran ? AC_MAX(run->from, AC_RATE_PROMPT) : AC_RATE_PROMPT;
     e->ran = false;
-    AC_TRY(ac_exec_copy_in(e, lane));
+    AC_TRY(ac_exec_copy_in(e, lane, start));
     if (start < AC_RATE_STEP) {
         AC_TRY(launch_steps(e, lane, plan->first[start], plan->first[AC_RATE_STEP]));
     }
@@ -331,7 +331,7 @@ derived_bytes(const ac_exec *e)
 
 /* The run's place among other work: after the exec's last run, in the order of the stream. */
 static ac_status
-enter_lane(ac_exec *e, ac_device_lane *lane, const ac_run *run)
+enter_lane(ac_exec *e, ac_device_lane *lane, ac_stream stream)
 {
     const ac_device *device = e->plan->device;
     ac_device_lane *last = e->lane;
@@ -339,7 +339,7 @@ enter_lane(ac_exec *e, ac_device_lane *lane, const ac_run *run)
     if (!device->backend->lane_follow) {
         return AC_OK;
     }
-    AC_TRY(device->backend->lane_follow(device->self, lane->lane, run->stream));
+    AC_TRY(device->backend->lane_follow(device->self, lane->lane, stream));
     if (last && last != lane) {
         AC_TRY(device->backend->lane_wait(device->self, lane->lane, last->lane));
     }
@@ -374,6 +374,9 @@ leave(ac_exec *e, ac_device_lane *lane, const ac_run *run)
     if (device->backend->lane_mark) {
         AC_TRY(device->backend->lane_mark(device->self, lane->lane));
     }
+    if (run->done) {
+        AC_TRY(device->backend->event_record(device->self, lane->lane, run->done));
+    }
     bool wait = !run->queue && (!run->stream.given || ac_exec_has_host_output(e));
     return wait && !ac_exec_on_host(e) ? device->backend->sync(device->self, lane->lane) : AC_OK;
 }
@@ -385,7 +388,7 @@ ac_exec_run_with(ac_exec *e, const ac_run *run)
     ac_device_lane *lane;
     AC_TRY(check_bound(e));
     AC_TRY(ac_device_lane_take(device, e->lane, &lane));
-    ac_status status = enter_lane(e, lane, run);
+    ac_status status = enter_lane(e, lane, run->stream);
     if (status == AC_OK) {
         status = run_on(e, lane, run);
     }
@@ -394,6 +397,29 @@ ac_exec_run_with(ac_exec *e, const ac_run *run)
     if (status < 0) {
         e->prompt = 0;
     }
+    return status;
+}
+
+static ac_status
+visit_lane(ac_exec *e, ac_device_lane *lane, ac_stream stream, bool wait, ac_exec_fn fn, void *arg)
+{
+    const ac_device *device = e->plan->device;
+    AC_TRY(enter_lane(e, lane, stream));
+    AC_TRY(fn(arg, lane));
+    if (device->backend->lane_mark) {
+        AC_TRY(device->backend->lane_mark(device->self, lane->lane));
+    }
+    return wait ? device->backend->sync(device->self, lane->lane) : AC_OK;
+}
+
+ac_status
+ac_exec_visit(ac_exec *e, ac_stream stream, bool wait, ac_exec_fn fn, void *arg)
+{
+    ac_device *device = e->plan->device;
+    ac_device_lane *lane;
+    AC_TRY(ac_device_lane_take(device, e->lane, &lane));
+    ac_status status = visit_lane(e, lane, stream, wait, fn, arg);
+    ac_device_lane_give(device, lane);
     return status;
 }
 

@@ -34,8 +34,9 @@ typedef struct ac_run {
     ac_stream stream;  /* given: work is queued there and the run does not wait for it, except to
                           download outputs.  Not given: the run is over when it returns. */
     bool queue;        /* never wait, whatever the stream */
-    bool fixed;        /* bound device tensors will be the same in the next runs: no copies of them
-                          are needed where launches are recorded */
+    bool fixed;        /* the device tensors bound for STEP-rate inputs and outputs will be the same
+                          in the next runs: recorded launches may use them as they are */
+    ac_event *done;    /* NULL, or marks the end of the run for the host */
     /* NULL, or what goes before and after the step section, and is recorded with it: launches on
      * the device alone.  `key` stands for all that they pass by value. */
     ac_exec_fn before, after;
@@ -50,6 +51,8 @@ typedef struct ac_run {
  * addresses and replayed from then on (ACCEL_GRAPH=off when the exec was made: never).
  * Out of memory leaves nothing of this run allocated. */
 ac_status ac_exec_run_with(ac_exec *exec, const ac_run *run);
+/* Calls `fn` in the order of this exec's runs; `wait` for what it queued. */
+ac_status ac_exec_visit(ac_exec *exec, ac_stream stream, bool wait, ac_exec_fn fn, void *arg);
 ac_status ac_exec_run_on(ac_exec *exec, ac_rate from, ac_stream stream);
 ac_status ac_exec_run(ac_exec *exec, ac_rate from);
 

@@ -84,9 +84,11 @@ is_dense(const ac_tensor *t)
 }
 
 static bool
-wants_slot(const ac_exec *e, const ac_edge *edge, const ac_run *run)
+wants_slot(const ac_exec *e, ac_val v, const ac_run *run)
 {
-    return edge->host || (e->can_record && !run->fixed && edge->step && is_dense(&edge->caller));
+    const ac_edge *edge = &e->edges[v];
+    bool fixed = run->fixed && (edge->output || e->plan->graph->values[v].rate == AC_RATE_STEP);
+    return edge->host || (e->can_record && !fixed && edge->step && is_dense(&edge->caller));
 }
 
 ac_status
@@ -96,7 +98,7 @@ ac_exec_place_edges(ac_exec *e, const ac_run *run)
     for (int32_t i = 0; i < e->n_edges; i++) {
         ac_val v = e->edge_at[i];
         ac_edge *edge = &e->edges[v];
-        edge->slotted = wants_slot(e, edge, run);
+        edge->slotted = wants_slot(e, v, run);
         e->bound[v] = edge->caller;
         if (!edge->slotted) {
             continue;
@@ -151,13 +153,14 @@ upload(const ac_device *device, ac_device_lane *lane, const ac_tensor *from, voi
 }
 
 ac_status
-ac_exec_copy_in(ac_exec *e, ac_device_lane *lane)
+ac_exec_copy_in(ac_exec *e, ac_device_lane *lane, ac_rate start)
 {
     const ac_device *device = e->plan->device;
     for (int32_t i = 0; i < e->n_edges; i++) {
         ac_val v = e->edge_at[i];
         const ac_edge *edge = &e->edges[v];
-        if (!edge->slotted || edge->output) {
+        if (!edge->slotted || edge->output ||
+            (e->plan->graph->values[v].rate < start && !edge->step)) {
             continue;
         }
         if (edge->host) {

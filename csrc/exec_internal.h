@@ -80,7 +80,8 @@ ac_status ac_exec_launch_step(ac_exec *e, ac_device_lane *lane, const ac_run *ru
 ac_status ac_exec_find_edges(ac_exec *e);
 /* Decides which edges go through slots in this run, and fills `bound` for all of them. */
 ac_status ac_exec_place_edges(ac_exec *e, const ac_run *run);
-ac_status ac_exec_copy_in(ac_exec *e, ac_device_lane *lane);
+/* What sections from `start` on read. */
+ac_status ac_exec_copy_in(ac_exec *e, ac_device_lane *lane, ac_rate start);
 ac_status ac_exec_copy_out(ac_exec *e, ac_device_lane *lane);
 bool ac_exec_has_host_output(const ac_exec *e);
 

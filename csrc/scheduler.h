@@ -17,27 +17,7 @@
 #define AC_SCHEDULER_H
 
 #include "json.h"
-
-#define AC_SCHED_REGISTERS 6
-enum { AC_BASIS_X, AC_BASIS_E, AC_BASIS_M, AC_BASIS_NOISE, AC_BASIS_R0,
-       AC_BASIS_COUNT = AC_BASIS_R0 + AC_SCHED_REGISTERS };
-#define AC_SCHED_STORES 3
-
-typedef struct ac_sched_row {
-    double timestep;       /* what the UNet is told */
-    double scale_in;
-    double m_x, m_e;
-    double clip;           /* clamp of m to [-clip, clip]; 0: none */
-    double threshold;      /* dynamic thresholding: quantile of |m| per image (Imagen), 0: none */
-    double threshold_max;  /* sample_max_value */
-    double x_next[AC_BASIS_COUNT];
-    int32_t n_stores;
-    struct { int32_t to; double c[AC_BASIS_COUNT]; } store[AC_SCHED_STORES];
-    double start_x, start_noise; /* img2img begins here with start_x * x0 + start_noise * noise */
-    bool draws_noise;      /* the generator advances at this row, as diffusers' does, even where
-                              the noise's coefficient is 0 */
-    bool counts;           /* progress: false for the extra evaluations of higher-order samplers */
-} ac_sched_row;
+#include "sampler.h"
 
 typedef struct ac_schedule {
     int32_t n_rows;        /* UNet calls, len(scheduler.timesteps) less options.begin */
@@ -66,12 +46,5 @@ void ac_schedule_free(ac_schedule *schedule);
 
 /* Names of the classes in the table, NULL at the end. */
 const char *const *ac_scheduler_names(void);
-
-/* x [n, count] -> x'; e [n, count] is already guided; noise NULL unless the row uses it;
- * registers: AC_SCHED_REGISTERS arrays of n*count f32.  `count` elements an image.  Plain C, f32
- * storage with double arithmetic; `work` holds count floats when the row thresholds, else NULL.
- * A basis tensor whose coefficients are all 0 is not read. */
-void ac_sched_apply(const ac_sched_row *row, int64_t n, int64_t count, float *x, const float *e,
-                    const float *noise, float *const *registers, float *work);
 
 #endif

@@ -28,7 +28,7 @@ MAX_FUNCTION_LINES = 75
 
 # Bottom to top; a file includes its own layer and those below.  Stems in csrc/, or "folder/".
 LAYERS = [
-    ("base", ["base", "lock", "tensor"]),
+    ("base", ["base", "lock", "tensor", "sampler"]),
     ("graph", ["ops", "graph", "graph_edit", "json", "safetensors", "weights", "weights_files"]),
     ("models, passes", ["models/", "passes/"]),
     (
@@ -59,7 +59,8 @@ LAYERS = [
 ]
 # All that a kernel may know of the engine.
 KERNELS_SEE = {
-    f"csrc/{name}" for name in ("base.h", "tensor.h", "ops.h", "ops.def", "kernel.h", "device.h")
+    f"csrc/{name}"
+    for name in ("base.h", "tensor.h", "sampler.h", "ops.h", "ops.def", "kernel.h", "device.h")
 }
 # What the boundary may know of a backend: the number of threads is a setting.
 PY_SEES = {"kernels/cpu/pool.h"}

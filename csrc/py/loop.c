@@ -97,7 +97,17 @@ call_back(run *r, int32_t index, double timestep)
     return stop ? 1 : AC_OK;
 }
 
-/* The loop works in the caller's own latents, so the callback sees and may change them there. */
+static ac_status
+on_poll(void *arg)
+{
+    run *r = arg;
+    PyEval_RestoreThread(r->thread);
+    ac_status status = call_back(r, 0, 0.0);
+    r->thread = PyEval_SaveThread();
+    return status;
+}
+
+/* The callback sees and may change the latents where the caller has them. */
 static ac_status
 on_step(void *arg, int32_t index, double timestep, float *latents)
 {
@@ -112,7 +122,7 @@ on_step(void *arg, int32_t index, double timestep, float *latents)
 static int
 take_latents(ac_py_state *state, PyObject *object, run *r)
 {
-    if (ac_py_view_import(state, object, "latents", &r->latents) < 0) {
+    if (ac_py_view_import_any(state, object, "latents", &r->latents) < 0) {
         return -1;
     }
     const ac_tensor *t = &r->latents.tensor;
@@ -124,6 +134,7 @@ take_latents(ac_py_state *state, PyObject *object, run *r)
                     ac_shape_text(&t->shape, shape), r->latents.readonly ? ", read-only" : "");
         return -1;
     }
+    r->args.device = r->latents.device;
     r->args.images = t->shape.dim[0];
     r->args.channels = t->shape.dim[1];
     r->args.height = t->shape.dim[2];
@@ -139,7 +150,7 @@ take_floats(ac_py_state *state, PyObject *object, const char *what, int64_t coun
     if (object == Py_None) {
         return 0;
     }
-    if (ac_py_view_import(state, object, what, view) < 0) {
+    if (ac_py_view_import_any(state, object, what, view) < 0) {
         return -1;
     }
     ac_shape expected = AC_SHAPE(count, r->args.images, r->args.channels, r->args.height,
@@ -151,6 +162,11 @@ take_floats(ac_py_state *state, PyObject *object, const char *what, int64_t coun
         ac_py_error(state, AC_E_SHAPE, "%s: found %s %s, expected contiguous float32 %s", what,
                     ac_dtype_name(t->dtype), ac_shape_text(&t->shape, found),
                     ac_shape_text(&expected, wanted));
+        return -1;
+    }
+    if (view->device != r->latents.device || view->device_index != r->latents.device_index) {
+        ac_py_error(state, AC_E_DEVICE, "%s: found %s, expected them where the latents are", what,
+                    view->device ? "them on a GPU" : "them in host memory");
         return -1;
     }
     return 0;
@@ -187,7 +203,8 @@ take_conditions(ac_py_state *state, PyObject *object, run *r)
     }
     for (Py_ssize_t i = 0; i < count; i++) {
         const ac_py_named *item = &r->conditions.item[i];
-        r->condition[i] = (ac_condition){.name = item->text, .tensor = item->view.tensor};
+        r->condition[i] = (ac_condition){.name = item->text, .tensor = item->view.tensor,
+                                         .device = item->view.device};
         if (strcmp(item->text, "encoder_hidden_states") == 0) {
             r->args.tokens = item->view.tensor.shape.dim[1];
         }
@@ -243,6 +260,28 @@ give_rngs_back(run *r)
     }
 }
 
+/* Tensors of a GPU must be the model's. */
+static int
+check_places(ac_py_state *state, const run *r)
+{
+    const ac_device *device = ac_model_device(r->args.unet);
+    for (Py_ssize_t i = -1; i < r->conditions.count; i++) {
+        const ac_py_view *view = i < 0 ? &r->latents : &r->conditions.item[i].view;
+        bool gpu = !device->backend->host_memory;
+        if (view->device && (!gpu || view->device_index != device->index)) {
+            char expected[32] = "one in host memory";
+            if (gpu) {
+                PyOS_snprintf(expected, sizeof expected, "one on cuda:%d", (int)device->index);
+            }
+            ac_py_error(state, AC_E_DEVICE, "%.128s: found a tensor on cuda:%d, expected %s",
+                        i < 0 ? "latents" : r->conditions.item[i].text, (int)view->device_index,
+                        expected);
+            return -1;
+        }
+    }
+    return 0;
+}
+
 static int
 take_cancel(ac_py_state *state, PyObject *object, run *r)
 {
@@ -286,7 +325,8 @@ release(run *r)
 static ac_status
 start(run *r, PyObject *weights)
 {
-    r->args.callback = on_step;
+    r->args.callback = r->callback ? on_step : NULL;
+    r->args.poll = on_poll;
     r->args.callback_arg = r;
     ac_py_weights_busy(weights, 1);
     r->thread = PyEval_SaveThread();
@@ -301,16 +341,18 @@ py_denoise(PyObject *module, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"model", "schedule", "latents", "conditions", "rngs",
                             "guidance_scale", "guidance_rescale", "callback", "cancel",
-                            "first_row", "noise", "registers", "compute", NULL};
+                            "first_row", "noise", "registers", "compute", "stream", NULL};
     PyObject *model, *schedule, *latents, *conditions, *rngs;
     PyObject *callback = Py_None, *cancel = Py_None, *noise = Py_None, *registers = Py_None;
+    PyObject *stream = Py_None;
     run r = {.module = module, .args.guidance_scale = 1.0};
     const char *compute = "float32";
     int first_row = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOO|$ddOOiOOs:denoise", names, &model,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOO|$ddOOiOOsO:denoise", names, &model,
                                      &schedule, &latents, &conditions, &rngs,
                                      &r.args.guidance_scale, &r.args.guidance_rescale, &callback,
-                                     &cancel, &first_row, &noise, &registers, &compute)) {
+                                     &cancel, &first_row, &noise, &registers, &compute,
+                                     &stream)) {
         return NULL;
     }
     ac_py_state *state = PyModule_GetState(module);
@@ -326,9 +368,11 @@ py_denoise(PyObject *module, PyObject *args, PyObject *keywords)
     r.args.first_row = first_row;
     r.args.schedule = ac_py_schedule_of(module, schedule);
     ac_status status = AC_OK;
-    bool ready = r.args.schedule && take_latents(state, latents, &r) == 0 &&
+    bool ready = r.args.schedule && ac_py_stream_of(state, stream, &r.args.stream) == 0 &&
+                 take_latents(state, latents, &r) == 0 &&
                  take_memory(state, noise, registers, &r) == 0 &&
-                 take_conditions(state, conditions, &r) == 0 && take_rngs(module, rngs, &r) == 0 &&
+                 take_conditions(state, conditions, &r) == 0 && check_places(state, &r) == 0 &&
+                 take_rngs(module, rngs, &r) == 0 &&
                  take_cancel(state, cancel, &r) == 0 && take_callback(callback, &r) == 0;
     if (ready) {
         status = start(&r, ((ac_py_model *)model)->weights);
@@ -348,9 +392,11 @@ static PyMethodDef functions[] = {
     {"denoise", (PyCFunction)(void (*)(void))py_denoise, METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("denoise(model, schedule, latents, conditions, rngs, *, guidance_scale=1.0, "
                "guidance_rescale=0.0, callback=None, cancel=None, first_row=0, noise=None, "
-               "registers=None, compute=\"float32\")\n--\n\nRuns the loop in place on latents.  "
-               "callback(index, timestep) returns true to stop.  noise [rows, n, c, h, w]: instead of rngs.  "
-               "registers [6, n, c, h, w]: what a later call goes on with, at first_row.")},
+               "registers=None, compute=\"float32\", stream=None)\n--\n\nRuns the loop in place on "
+               "latents.  callback(index, timestep) returns true to stop.  noise [rows, n, c, h, "
+               "w]: instead of rngs.  registers [6, n, c, h, w]: what a later call goes on with, "
+               "at first_row.  Latents, noise and registers are all on the model's GPU or all in "
+               "host memory; conditions may be in either.")},
     {0},
 };
 

@@ -79,6 +79,8 @@ void ac_py_weights_busy(PyObject *weights, int by);
 
 int ac_py_add_model(PyObject *module);
 int ac_py_add_loop(PyObject *module);
+/* None: the model's own; an int: a cudaStream_t, 0 the legacy default stream.  0 or -1. */
+int ac_py_stream_of(ac_py_state *state, PyObject *object, ac_stream *out);
 typedef struct ac_py_model {
     PyObject_HEAD
     ac_model *model;

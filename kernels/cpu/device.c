@@ -186,5 +186,6 @@ const ac_backend ac_backend_cpu = {
     .download = cpu_copy,
     .copy = cpu_copy,
     .sync = cpu_sync,
+    .sampler = ac_cpu_sampler,
     .host_memory = true,
 };

@@ -53,6 +53,10 @@ void ac_cuda_libraries_free(ac_cuda_libraries *libraries);
 
 extern const ac_kernel *const ac_cuda_kernels[];
 
+/* The backend's `sampler`. */
+ac_status ac_cuda_sampler(void *self, ac_lane *lane, const ac_sampler_job *job,
+                          ac_sampler_phase phase);
+
 #ifdef __cplusplus
 }
 #endif

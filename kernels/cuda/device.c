@@ -622,6 +622,7 @@ ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out)
         .download = cuda_download,
         .copy = cuda_copy,
         .sync = cuda_sync,
+        .sampler = ac_cuda_sampler,
         .lane_follow = cuda_lane_follow,
         .lane_mark = cuda_lane_mark,
         .lane_wait = cuda_lane_wait,

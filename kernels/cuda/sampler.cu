@@ -1,0 +1,338 @@
+/* sampler: guidance and rows of a schedule.  Which row: the state's step, read here, so that one
+ * recording serves all of them.
+ *
+ *     scale     sample = scale_in latents, twice with guidance
+ *     guide     e = u + s (c - u) in place of u; with rescale e *= r sigma(c) / sigma(e) + 1 - r
+ *     quantile  one block an image: the threshold of |m|, exact, by four rounds of 256 bins over
+ *               the bits of non-negative floats, which are in the order of their values
+ *     apply     one thread an element: m, x', registers
+ *
+ * Arithmetic and roundings are those of csrc/sampler.c, without fused multiply-adds: the same bits,
+ * but for the sums of rescale.  Latents are small (a megabyte at most an image); all of it is a few
+ * microseconds, most of it launches. */
+#include "element.cuh"
+#include "launch.cuh"
+
+/* Not fused. */
+__device__ static inline double
+multiply_add(double a, double b, double c)
+{
+    return __dadd_rn(c, __dmul_rn(a, b));
+}
+
+__device__ static inline const ac_sched_row &
+current(const ac_sampler_job &job)
+{
+    return job.rows[job.state->step];
+}
+
+/* m before the clamp. */
+__device__ static inline double
+converted(const ac_sched_row &row, float x, float e)
+{
+    return __dadd_rn(__dmul_rn(row.m_x, (double)x), __dmul_rn(row.m_e, (double)e));
+}
+
+/* ---- before the UNet ------------------------------------------------------------------------- */
+
+__global__ static void
+scale_kernel(ac_sampler_job job)
+{
+    const int64_t all = job.images * job.per_image;
+    const float factor = (float)current(job).scale_in;
+    const ac_cells sample = {job.sample, job.io};
+    const int64_t stride = (int64_t)gridDim.x * blockDim.x;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += stride) {
+        const float value = __fmul_rn(job.latents[i], factor);
+        ac_store(sample, i, value);
+        if (job.guided) {
+            ac_store(sample, all + i, value);
+        }
+    }
+}
+
+/* ---- guidance -------------------------------------------------------------------------------- */
+
+__device__ static inline float
+guided(float u, float c, float factor)
+{
+    return __fadd_rn(u, __fmul_rn(factor, __fsub_rn(c, u)));
+}
+
+__global__ static void
+guide_kernel(ac_sampler_job job)
+{
+    const int64_t all = job.images * job.per_image;
+    const float factor = (float)job.state->guidance_scale;
+    const int64_t stride = (int64_t)gridDim.x * blockDim.x;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += stride) {
+        job.output[i] = guided(job.output[i], job.output[all + i], factor);
+    }
+}
+
+/* Sum over the block, for all its threads; 1024 of them. */
+__device__ static double
+block_sum(double value, double *shared)
+{
+    for (int offset = 16; offset > 0; offset /= 2) {
+        value += __shfl_down_sync(0xffffffffu, value, offset);
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+        shared[threadIdx.x / 32] = value;
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        value = shared[threadIdx.x];
+        for (int offset = 16; offset > 0; offset /= 2) {
+            value += __shfl_down_sync(0xffffffffu, value, offset);
+        }
+        if (threadIdx.x == 0) {
+            shared[0] = value;
+        }
+    }
+    __syncthreads();
+    return shared[0];
+}
+
+__device__ static double
+deviation(const float *x, int64_t count, double *shared)
+{
+    double sum = 0.0, squares = 0.0;
+    for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+        sum += (double)x[i];
+    }
+    const double mean = block_sum(sum, shared) / (double)count;
+    for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+        squares += ((double)x[i] - mean) * ((double)x[i] - mean);
+    }
+    return sqrt(block_sum(squares, shared) / (double)(count - 1));
+}
+
+/* One block an image, after guide. */
+__global__ static void
+rescale_kernel(ac_sampler_job job)
+{
+    __shared__ double shared[32];
+    const int64_t count = job.per_image, all = job.images * count;
+    float *e = job.output + blockIdx.x * count;
+    const double of_c = deviation(e + all, count, shared);
+    const double ratio = of_c / deviation(e, count, shared);
+    const double rescale = job.state->guidance_rescale;
+    const float factor = (float)(rescale * ratio + 1.0 - rescale);
+    for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+        e[i] = __fmul_rn(e[i], factor);
+    }
+}
+
+/* ---- dynamic thresholding -------------------------------------------------------------------- */
+
+/* |m| of one image into work; true where it has a NaN. */
+__device__ static bool
+fill_work(const ac_sampler_job &job, const ac_sched_row &row, float *work)
+{
+    const int64_t at = blockIdx.x * job.per_image;
+    bool nan = false;
+    for (int64_t i = threadIdx.x; i < job.per_image; i += blockDim.x) {
+        work[i] = (float)fabs(converted(row, job.latents[at + i], job.output[at + i]));
+        nan = nan || isnan(work[i]);
+    }
+    return __syncthreads_or(nan) != 0;
+}
+
+/* Bits of the element of rank `rank`; *below: how many are smaller, *equal: how many are it. */
+__device__ static uint32_t
+select_rank(const float *work, int64_t count, int64_t rank, int64_t *below, int64_t *equal)
+{
+    __shared__ unsigned long long bins[256];
+    __shared__ uint32_t chosen;
+    __shared__ unsigned long long before;
+    uint32_t prefix = 0;
+    int64_t smaller = 0, same = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        for (int i = threadIdx.x; i < 256; i += blockDim.x) {
+            bins[i] = 0;
+        }
+        __syncthreads();
+        for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+            const uint32_t bits = __float_as_uint(work[i]);
+            if (shift == 24 || bits >> (shift + 8) == prefix) {
+                atomicAdd(&bins[bits >> shift & 255], 1ull);
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            unsigned long long sum = 0;
+            uint32_t bin = 0;
+            const unsigned long long wanted = (unsigned long long)(rank - smaller);
+            while (bin < 255 && sum + bins[bin] <= wanted) {
+                sum += bins[bin++];
+            }
+            chosen = bin;
+            before = sum;
+        }
+        __syncthreads();
+        prefix = prefix << 8 | chosen;
+        smaller += (int64_t)before;
+        same = (int64_t)bins[chosen];
+        __syncthreads();
+    }
+    *below = smaller;
+    *equal = same;
+    return prefix;
+}
+
+/* The smallest element above `bits`. */
+__device__ static uint32_t
+next_above(const float *work, int64_t count, uint32_t bits)
+{
+    __shared__ uint32_t least;
+    if (threadIdx.x == 0) {
+        least = 0xffffffffu;
+    }
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+        const uint32_t other = __float_as_uint(work[i]);
+        if (other > bits) {
+            atomicMin(&least, other);
+        }
+    }
+    __syncthreads();
+    return least;
+}
+
+__device__ static double
+quantile(const float *work, int64_t count, double threshold)
+{
+    const double rank = __dmul_rn(threshold, (double)(count - 1));
+    const int64_t below = (int64_t)rank;
+    int64_t smaller, equal;
+    const uint32_t bits = select_rank(work, count, below, &smaller, &equal);
+    const double low = (double)__uint_as_float(bits);
+    if (below + 1 >= count) {
+        return low;
+    }
+    const bool again = below + 1 < smaller + equal;
+    const uint32_t above = again ? bits : next_above(work, count, bits);
+    const double high = (double)__uint_as_float(above);
+    return multiply_add(__dadd_rn(rank, -(double)below), __dadd_rn(high, -low), low);
+}
+
+/* One block an image. */
+__global__ static void
+quantile_kernel(ac_sampler_job job)
+{
+    const ac_sched_row &row = current(job);
+    float *work = job.work + blockIdx.x * job.per_image;
+    if (row.threshold <= 0.0) {
+        return;
+    }
+    double s = NAN;
+    if (!fill_work(job, row, work)) {
+        s = quantile(work, job.per_image, row.threshold);
+    }
+    if (threadIdx.x == 0) {
+        s = s < 1.0 ? 1.0 : s; /* NaN stays */
+        job.limits[blockIdx.x] = s > row.threshold_max ? row.threshold_max : s;
+    }
+}
+
+/* ---- the row --------------------------------------------------------------------------------- */
+
+__device__ static double
+combine(const double *coefficient, const double *basis)
+{
+    double sum = 0.0;
+    for (int k = 0; k < AC_BASIS_COUNT; k++) {
+        if (coefficient[k] != 0.0) {
+            sum = multiply_add(coefficient[k], basis[k], sum);
+        }
+    }
+    return sum;
+}
+
+__device__ static double
+clamped(const ac_sampler_job &job, const ac_sched_row &row, int64_t at, double m)
+{
+    double limit = row.clip > 0.0 ? row.clip : INFINITY, divisor = 1.0;
+    if (row.threshold > 0.0) {
+        limit = divisor = job.limits[at / job.per_image];
+    }
+    if (limit < INFINITY || divisor != 1.0) {
+        m = (m < -limit ? -limit : m > limit ? limit : m) / divisor;
+    }
+    return m;
+}
+
+/* A basis tensor whose coefficients are all 0 may hold anything, so it is not multiplied. */
+__global__ static void
+apply_kernel(ac_sampler_job job)
+{
+    __shared__ ac_sched_row row;
+    const int64_t all = job.images * job.per_image;
+    const double *from = (const double *)&current(job);
+    static_assert(sizeof(ac_sched_row) % sizeof(double) == 0, "copied in doubles");
+    for (int i = threadIdx.x; i < (int)(sizeof row / sizeof(double)); i += blockDim.x) {
+        ((double *)&row)[i] = from[i];
+    }
+    __syncthreads();
+    const int64_t at = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= all) {
+        return;
+    }
+    double basis[AC_BASIS_COUNT];
+    const float x = job.latents[at], e = job.output[at];
+    basis[AC_BASIS_X] = (double)x;
+    basis[AC_BASIS_E] = (double)e;
+    basis[AC_BASIS_M] = clamped(job, row, at, converted(row, x, e));
+    basis[AC_BASIS_NOISE] = row.draws_noise ? (double)job.noise[row.noise_at * all + at] : 0.0;
+    for (int i = 0; i < AC_SCHED_REGISTERS; i++) {
+        basis[AC_BASIS_R0 + i] = (double)job.registers[i][at];
+    }
+    const double next = combine(row.x_next, basis);
+    for (int s = 0; s < row.n_stores; s++) {
+        job.registers[row.store[s].to][at] = (float)combine(row.store[s].c, basis);
+    }
+    job.latents[at] = (float)next;
+}
+
+/* After all blocks of the row. */
+__global__ static void
+advance_kernel(ac_sampler_job job)
+{
+    job.state->step++;
+}
+
+/* ---- launches -------------------------------------------------------------------------------- */
+
+static ac_status
+apply(ac_lane *lane, const ac_sampler_job *job, dim3 blocks)
+{
+    const dim3 images((unsigned)job->images);
+    if (job->guided) {
+        AC_TRY(ac_cuda_launch(lane, "sampler guide", guide_kernel, blocks, AC_THREADS, 0, *job));
+    }
+    if (job->rescales) {
+        AC_TRY(ac_cuda_launch(lane, "sampler rescale", rescale_kernel, images, 1024, 0, *job));
+    }
+    if (job->thresholds) {
+        AC_TRY(ac_cuda_launch(lane, "sampler quantile", quantile_kernel, images, 1024, 0, *job));
+    }
+    AC_TRY(ac_cuda_launch(lane, "sampler apply", apply_kernel, blocks, AC_THREADS, 0, *job));
+    return ac_cuda_launch(lane, "sampler advance", advance_kernel, dim3(1), 1, 0, *job);
+}
+
+extern "C" ac_status
+ac_cuda_sampler(void *, ac_lane *lane, const ac_sampler_job *job, ac_sampler_phase phase)
+{
+    const int64_t all = job->images * job->per_image, count = ac_ceil_div(all, AC_THREADS);
+    if (count > 0x7fffffff) {
+        return ac_cuda_fail(AC_E_UNSUPPORTED, "latents: found %lld elements, expected fewer",
+                            (long long)all);
+    }
+    const dim3 blocks((unsigned)count);
+    if (phase == AC_SAMPLER_SCALE) {
+        return ac_cuda_launch(lane, "sampler scale", scale_kernel, blocks, AC_THREADS, 0, *job);
+    }
+    return apply(lane, job, blocks);
+}
