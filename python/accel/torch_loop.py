@@ -149,26 +149,17 @@ class Loop:
             hook = unet.__dict__.get("_hf_hook")
             if hook is not None:
                 hook.pre_forward(unet)
-            self.guidance = self._guidance()
-            conditions = self._conditions()
-            args = self._args(conditions)
-            with native.running(unet, args) as model:
-                self._denoise(native, model, conditions, args)
+            with native.running(unet) as model:
+                self._denoise(native, model)
         except Fallback as reason:
             if not self.started:
                 raise
             self._rest_by_module(str(reason))
 
-    def _args(self, conditions):
-        """Sizes of the UNet's runs."""
-        batch, tokens, _ = conditions["encoder_hidden_states"].shape
-        ids = conditions.get("time_ids")
-        return {"entry": "forward", "batch": batch, "height": self.latents.shape[2],
-                "width": self.latents.shape[3], "tokens": tokens, "timesteps": len(self.table),
-                "loop": True, "time_ids": 0 if ids is None else ids.shape[1]}
-
-    def _denoise(self, native, model, conditions, args):
+    def _denoise(self, native, model):
         first = self.next
+        self.guidance = self._guidance()
+        conditions = self._conditions()
         self.seen = self._marks()
         options = {}
         if self.latents.is_cuda:
@@ -181,13 +172,18 @@ class Loop:
             _core.denoise(model, self.table, self.latents, conditions, [_core.Rng(0)],
                           guidance_scale=self.guidance[0], guidance_rescale=self.guidance[1],
                           callback=step, first_row=first, noise=self.noise,
-                          registers=self.registers, compute=native.compute, **options)
+                          registers=self.registers, **options)
         except REFUSALS as error:
             if self.started:
                 raise
             raise Fallback(f"{type(error).__name__}: {error}") from None
         finally:
-            native.count(self.next - first, args | {"compute": native.compute})
+            native.count(self.next - first, {
+                "entry": "forward", "batch": len(conditions["encoder_hidden_states"]),
+                "height": self.latents.shape[2], "width": self.latents.shape[3],
+                "tokens": conditions["encoder_hidden_states"].shape[1],
+                "timesteps": len(self.table), "loop": True,
+                "time_ids": conditions["time_ids"].shape[1] if "time_ids" in conditions else 0})
 
     def _guidance(self):
         """Scale and rescale as the engine takes them, 1 for none."""
