@@ -13,8 +13,9 @@
 #include "scheduler.h"
 
 /* Called after row `index` with the caller's latents [n, c, h, w] f32, which it may change in
- * place; where they are on the device, in the order of the stream.  Returns 0 to go on, 1 to stop here
- * (the latents so far are the result), or a negative status: the run fails with the message set. */
+ * place; where they are on the device, in the order of the stream.  Returns 0 to go on, 1 to stop
+ * here (the latents so far are the result), or a negative status: the run fails with the message
+ * set. */
 typedef ac_status (*ac_step_fn)(void *arg, int32_t index, double timestep, float *latents);
 
 typedef struct ac_condition {

@@ -24,6 +24,13 @@ ac_rng_seed(ac_rng *rng, uint64_t seed)
     rng->left = 1; /* empty: the first draw refills */
 }
 
+ac_status
+ac_rng_seed_cuda(ac_rng *rng, uint64_t seed, int32_t processors, int32_t threads)
+{
+    ac_rng_seed(rng, seed);
+    return ac_philox_init(&rng->cuda, seed, processors, threads);
+}
+
 static void
 refill(ac_rng *rng)
 {
@@ -113,6 +120,10 @@ void
 ac_rng_normal(ac_rng *rng, float *out, int64_t count)
 {
     assert(count >= 0);
+    if (rng->cuda.threads > 0) {
+        ac_philox_normal(&rng->cuda, out, count);
+        return;
+    }
     if (count < 16) {
         normal_small(rng, out, count);
         return;
@@ -131,6 +142,10 @@ void
 ac_rng_normal_half(ac_rng *rng, float *out, int64_t count)
 {
     assert(count >= 0);
+    if (rng->cuda.threads > 0) {
+        ac_philox_normal(&rng->cuda, out, count);
+        return;
+    }
     if (count < 16) {
         normal_small(rng, out, count);
         return;

@@ -54,7 +54,7 @@ LAYERS = [
             "profile_text",
         ],
     ),
-    ("loop", ["rng", "scheduler", "schedulers/", "denoise"]),
+    ("loop", ["rng", "rng_philox", "scheduler", "schedulers/", "denoise"]),
     ("py", ["py/"]),
 ]
 # All that a kernel may know of the engine.

@@ -412,16 +412,26 @@ seed_from(PyObject *object, uint64_t *out)
 static PyObject *
 rng_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"seed", NULL};
+    static char *names[] = {"seed", "processors", "threads", NULL};
     PyObject *object;
     uint64_t seed;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!:Rng", names, &PyLong_Type, &object) ||
+    int processors = 0, threads = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O!|$ii:Rng", names, &PyLong_Type, &object,
+                                     &processors, &threads) ||
         seed_from(object, &seed) < 0) {
         return NULL;
     }
     rng_object *self = (rng_object *)allocate(type);
-    if (self) {
-        ac_rng_seed(&self->rng, seed);
+    if (!self) {
+        return NULL;
+    }
+    ac_rng_seed(&self->rng, seed);
+    if (processors || threads) {
+        ac_status status = ac_rng_seed_cuda(&self->rng, seed, processors, threads);
+        if (status < 0) {
+            Py_DECREF(self);
+            return ac_py_raise(PyType_GetModuleState(type), status);
+        }
     }
     return (PyObject *)self;
 }
@@ -467,8 +477,12 @@ static PyObject *
 rng_to_torch_state(PyObject *self, PyObject *unused)
 {
     (void)unused;
-    PyObject *result = PyByteArray_FromStringAndSize(NULL, AC_RNG_TORCH_BYTES);
-    if (result) {
+    const ac_philox *cuda = &((rng_object *)self)->rng.cuda;
+    PyObject *result = PyByteArray_FromStringAndSize(
+        NULL, cuda->threads ? AC_PHILOX_TORCH_BYTES : AC_RNG_TORCH_BYTES);
+    if (result && cuda->threads) {
+        ac_philox_to_torch(cuda, PyByteArray_AsString(result));
+    } else if (result) {
         ac_rng_to_torch(&((rng_object *)self)->rng, PyByteArray_AsString(result));
     }
     return result;
@@ -481,8 +495,10 @@ rng_set_torch_state(PyObject *self, PyObject *object)
     if (PyObject_GetBuffer(object, &buffer, PyBUF_SIMPLE) < 0) {
         return NULL;
     }
-    ac_status status = ac_rng_from_torch(&((rng_object *)self)->rng, buffer.buf,
-                                         (size_t)buffer.len);
+    ac_rng *rng = &((rng_object *)self)->rng;
+    ac_status status = rng->cuda.threads
+                           ? ac_philox_from_torch(&rng->cuda, buffer.buf, (size_t)buffer.len)
+                           : ac_rng_from_torch(rng, buffer.buf, (size_t)buffer.len);
     PyBuffer_Release(&buffer);
     if (status < 0) {
         return ac_py_raise(ac_py_state_of(self), status);
@@ -523,7 +539,10 @@ static PyGetSetDef rng_getset[] = {
 };
 
 static PyType_Slot rng_slots[] = {
-    {Py_tp_doc, "Rng(seed)\n--\n\nPyTorch's CPU generator: the same stream, the same normals."},
+    {Py_tp_doc, "Rng(seed, *, processors=0, threads=0)\n--\n\nPyTorch's CPU generator: the same "
+                "stream, the same normals.\nWith a GPU's multiprocessors and the threads that each runs at "
+                "once (H200: 132, 2048):\nthe normals and the state of PyTorch's CUDA generator "
+                "there."},
     {Py_tp_new, rng_new},
     {Py_tp_dealloc, release_type},
     {Py_tp_methods, rng_methods},

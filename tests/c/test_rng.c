@@ -1,4 +1,5 @@
 /* test_rng: the stream of mt19937, values PyTorch drew, states that go out and come back. */
+#include "philox_vectors.h"
 #include "test.h"
 
 #include "../../csrc/rng.h"
@@ -159,6 +160,49 @@ bad_states_raise(void)
     }
 }
 
-TEST_MAIN(TEST(stream_is_mt19937), TEST(seeds_take_their_low_half), TEST(small_draws_are_pytorchs),
+/* Draws one after the other from a generator a seed; recorded on a GPU. */
+static void
+cuda_normals_are_pytorchs(void)
+{
+    static float out[3000001];
+    ac_rng rng = {.seed = 1};
+    double worst = 0.0;
+    for (size_t i = 0; i < AC_ARRAY_LEN(philox_cases); i++) {
+        const philox_case *c = &philox_cases[i];
+        if (i == 0 || c->seed != rng.seed) {
+            CHECK_OK(ac_rng_seed_cuda(&rng, c->seed, 132, 2048));
+        }
+        CHECK(c->count <= (int64_t)AC_ARRAY_LEN(out));
+        ac_rng_normal(&rng, out, c->count);
+        CHECK_INT(rng.cuda.offset, c->offset);
+        for (int k = 0; k < PHILOX_PICKS; k++) {
+            worst = fmax(worst, fabs((double)out[c->index[k]] - (double)c->value[k]));
+        }
+    }
+    CHECK(worst < 4e-6 && worst > 0.0);
+}
+
+static void
+cuda_states_come_back(void)
+{
+    ac_rng rng, other;
+    unsigned char bytes[AC_PHILOX_TORCH_BYTES];
+    float a[1000], b[1000];
+    CHECK_OK(ac_rng_seed_cuda(&rng, UINT64_C(1) << 63 | 11, 132, 2048));
+    ac_rng_normal(&rng, a, 1000);
+    ac_philox_to_torch(&rng.cuda, bytes);
+    CHECK_OK(ac_rng_seed_cuda(&other, 3, 132, 2048));
+    CHECK_OK(ac_philox_from_torch(&other.cuda, bytes, sizeof bytes));
+    ac_rng_normal(&rng, a, 1000);
+    ac_rng_normal_half(&other, b, 1000);
+    CHECK(memcmp(a, b, sizeof a) == 0);
+    bytes[8]++;
+    CHECK_STATUS(ac_philox_from_torch(&other.cuda, bytes, 16), AC_E_INVALID, "multiple of 4");
+    CHECK_STATUS(ac_philox_from_torch(&other.cuda, bytes, 15), AC_E_INVALID, "15 bytes");
+    CHECK_STATUS(ac_rng_seed_cuda(&other, 3, 0, 2048), AC_E_INVALID, "0 multiprocessors");
+}
+
+TEST_MAIN(TEST(cuda_normals_are_pytorchs), TEST(cuda_states_come_back),
+          TEST(stream_is_mt19937), TEST(seeds_take_their_low_half), TEST(small_draws_are_pytorchs),
           TEST(ragged_draws_are_pytorchs), TEST(nothing_drawn_changes_nothing),
           TEST(normals_are_normal), TEST(state_comes_back), TEST(bad_states_raise))
