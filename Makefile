@@ -11,7 +11,7 @@ CSRC    := $(wildcard csrc/*.c csrc/models/*.c csrc/passes/*.c csrc/schedulers/*
 OBJ     := $(CSRC:%.c=$(B)/%.o)
 CTESTS  := $(patsubst tests/c/%.c,$(B)/tests/%,$(wildcard tests/c/test_*.c))
 
-.PHONY: help lib check-c cuda test-gpu demo test test-install test-build test-run \
+.PHONY: help lib check-c cuda test-gpu test-gpu-python demo test test-install test-build test-run \
         sanitize tsan oom fuzz san-extension clean
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -84,6 +84,11 @@ test-gpu: ## the checks that need a GPU; installs nothing
 	$(B)/tests/test_cuda_models
 	for dtype in f32 f16 bf16; do $(B)/tests/test_kernels --backend cuda --dtype $$dtype || exit 1; done
 	ACCEL_FORCE_ARCH=75 $(B)/tests/test_kernels --backend cuda --dtype f16
+	$(MAKE) --no-print-directory test-gpu-python
+
+test-gpu-python: ## of these, what compares with PyTorch and diffusers
+	ACCEL_CUDA_ARCHS=$(ACCEL_CUDA_ARCHS) $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=python$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -q -s -p no:cacheprovider tests/gpu
 
 # ---- a picture, and the tests, from a fresh clone -------------------------------------------------
 
