@@ -85,6 +85,28 @@ py_device(PyObject *module, PyObject *args)
 }
 
 static PyObject *
+py_trim(PyObject *module, PyObject *args)
+{
+    const char *name;
+    if (!PyArg_ParseTuple(args, "s:trim", &name)) {
+        return NULL;
+    }
+    ac_device *device;
+    ac_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = ac_device_open(name, &device);
+    if (status == AC_OK) {
+        ac_device_trim(device);
+        ac_device_unref(device);
+    }
+    Py_END_ALLOW_THREADS
+    if (status < 0) {
+        return ac_py_raise(PyModule_GetState(module), status);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *
 list_of(const char *const *names)
 {
     PyObject *list = PyList_New(0);
@@ -170,6 +192,8 @@ static PyMethodDef functions[] = {
      PyDoc_STR("get_num_threads()\n--\n\nThreads of the CPU backend.")},
     {"device", py_device, METH_VARARGS,
      PyDoc_STR("device(name)\n--\n\nOpens a device: backend, index, isa, workers, kernels.")},
+    {"trim", py_trim, METH_VARARGS,
+     PyDoc_STR("trim(device)\n--\n\nFrees the memory for activations that no run is using.")},
     {"model_classes", py_model_classes, METH_NOARGS,
      PyDoc_STR("model_classes()\n--\n\nClass names of the models there are.")},
     {"scheduler_classes", py_scheduler_classes, METH_NOARGS,

@@ -48,7 +48,7 @@ _LAZY = {
     "refresh": "compile_",
     "report": "report",
     "explain": "report",
-    "FallbackWarning": "compile_",
+    "FallbackWarning": "torch_native",
 }
 
 __all__ = [

@@ -40,9 +40,9 @@ def _only(arguments, handled, defaults):
         raise Fallback(f"argument {name}")
 
 
-def _input(value, what, rank, dtype):
+def _input(value, what, rank, dtype, device):
     """A tensor of the module's dtype; eager raises for another one, so that is left to it."""
-    check_tensor(value, what, rank)
+    check_tensor(value, what, rank, device)
     if value.dtype != dtype:
         raise Fallback(f"{what} is {value.dtype}, the parameters are {dtype}")
     return value
@@ -53,22 +53,22 @@ class UNetCalls:
 
     methods = ("forward",)
 
-    def request(self, method, module, dtype, a, defaults):
+    def request(self, method, module, dtype, device, a, defaults):
         _only(a, {"sample", "timestep", "encoder_hidden_states", "added_cond_kwargs",
                   "encoder_attention_mask", "return_dict"}, defaults)
-        sample = _input(a["sample"], "sample", 4, dtype)
-        states = _input(a["encoder_hidden_states"], "encoder_hidden_states", 3, dtype)
+        sample = _input(a["sample"], "sample", 4, dtype, device)
+        states = _input(a["encoder_hidden_states"], "encoder_hidden_states", 3, dtype, device)
         batch, _, height, width = sample.shape
-        times = self._times(a["timestep"], batch)
+        times = self._times(a["timestep"], batch, device)
         args = {"entry": "forward", "batch": batch, "height": height, "width": width,
                 "tokens": states.shape[1], "timesteps": len(times), "io_dtype": NAMES[dtype]}
         inputs = {"sample": sample, "timestep": times,
                   "encoder_hidden_states": states.contiguous()}
-        inputs |= self._added(a.get("added_cond_kwargs"), module, dtype, args)
+        inputs |= self._added(a.get("added_cond_kwargs"), module, dtype, device, args)
         mask = a.get("encoder_attention_mask")
         if mask is not None:
             args["masked"] = True
-            mask = check_tensor(mask, "encoder_attention_mask", 2)
+            mask = check_tensor(mask, "encoder_attention_mask", 2, device)
             inputs["encoder_attention_mask"] = ((1 - mask.to(dtype)) * -10000.0).float()
         prompt = tuple(t for n, t in inputs.items() if n not in ("sample", "timestep"))
         return_dict = a.get("return_dict", True)
@@ -80,10 +80,11 @@ class UNetCalls:
         return Request(args, inputs, wrap, prompt)
 
     @staticmethod
-    def _times(timestep, batch):
-        """The timestep as float32 [1] or [batch]: diffusers, too, computes its sinusoid there."""
+    def _times(timestep, batch, device):
+        """The timestep as float32 [1] or [batch]: diffusers, too, computes its sinusoid there.
+        On the CPU it may be whatever the device: a copy to a GPU waits for nothing."""
         if isinstance(timestep, torch.Tensor):
-            if timestep.device.type != "cpu" or timestep.ndim > 1:
+            if timestep.device not in (device, torch.device("cpu")) or timestep.ndim > 1:
                 raise Fallback(f"timestep has shape {list(timestep.shape)} on {timestep.device}")
             times = timestep.detach().reshape(-1).to(torch.float32).contiguous()
         elif isinstance(timestep, int | float):
@@ -92,10 +93,10 @@ class UNetCalls:
             raise Fallback(f"timestep is a {type(timestep).__name__}")
         if len(times) not in (1, batch):
             raise Fallback(f"{len(times)} timesteps for {batch} samples")
-        return times
+        return times.to(device, non_blocking=True)
 
     @staticmethod
-    def _added(added, module, dtype, args):
+    def _added(added, module, dtype, device, args):
         """SDXL's size and pooled conditions; the model takes nothing else of the dict."""
         if module.config.addition_embed_type is None:
             if added:
@@ -104,10 +105,10 @@ class UNetCalls:
         added = added or {}
         if set(added) != {"text_embeds", "time_ids"}:
             raise Fallback(f"added_cond_kwargs {sorted(added)}")
-        embeds = check_tensor(added["text_embeds"], "text_embeds", 2).to(dtype)
-        ids = check_tensor(added["time_ids"], "time_ids", 2)
+        embeds = check_tensor(added["text_embeds"], "text_embeds", 2, device).to(dtype)
+        ids = check_tensor(added["time_ids"], "time_ids", 2, device)
         cast = ids.to(dtype)
-        if not torch.equal(cast.to(torch.float64), ids.to(torch.float64)):
+        if cast is not ids and not torch.equal(cast.to(torch.float64), ids.to(torch.float64)):
             raise Fallback(f"time_ids that {dtype} cannot hold")
         args["time_ids"] = ids.shape[1]
         return {"text_embeds": embeds.contiguous(), "time_ids": cast.contiguous()}
@@ -121,8 +122,8 @@ class VAECalls:
 
     methods = ("_encode", "_decode")
 
-    def request(self, method, module, dtype, a, defaults):
-        return getattr(self, method)(module, dtype, a, defaults)
+    def request(self, method, module, dtype, device, a, defaults):
+        return getattr(self, method)(module, dtype, device, a, defaults)
 
     @staticmethod
     def _sizes(entry, x, dtype):
@@ -130,16 +131,16 @@ class VAECalls:
         return {"entry": entry, "batch": batch, "height": height, "width": width,
                 "io_dtype": NAMES[dtype]}
 
-    def _encode(self, module, dtype, a, defaults):
+    def _encode(self, module, dtype, device, a, defaults):
         _only(a, {"x"}, defaults)
-        x = _input(a["x"], "x", 4, dtype)
+        x = _input(a["x"], "x", 4, dtype, device)
         if module.use_tiling and max(x.shape[2:]) > module.tile_sample_min_size:
             raise Fallback("tiling")
         return Request(self._sizes("encode", x, dtype), {"sample": x}, lambda out: out["moments"])
 
-    def _decode(self, module, dtype, a, defaults):
+    def _decode(self, module, dtype, device, a, defaults):
         _only(a, {"z", "return_dict"}, defaults)
-        z = _input(a["z"], "z", 4, dtype)
+        z = _input(a["z"], "z", 4, dtype, device)
         if module.use_tiling and max(z.shape[2:]) > module.tile_latent_min_size:
             raise Fallback("tiling")
         output = _output_class(module, "DecoderOutput")
@@ -156,7 +157,7 @@ class TextCalls:
 
     methods = ("forward",)
 
-    def request(self, method, module, dtype, a, defaults):
+    def request(self, method, module, dtype, device, a, defaults):
         more = a.pop("kwargs", {})
         a = {**a, **more}
         _only(a, {"input_ids", "attention_mask", "output_hidden_states", "return_dict"},
@@ -166,7 +167,7 @@ class TextCalls:
         states = bool(config.output_hidden_states) if states is None else states
         if not isinstance(states, bool) or config.output_attentions:
             raise Fallback("output_attentions or chosen hidden states")
-        ids = check_tensor(a["input_ids"], "input_ids", 2)
+        ids = check_tensor(a["input_ids"], "input_ids", 2, device)
         if ids.dtype not in (torch.int64, torch.int32):
             raise Fallback(f"input_ids are {ids.dtype}")
         args = {"entry": "forward", "batch": ids.shape[0], "tokens": ids.shape[1],
@@ -190,7 +191,7 @@ class TextCalls:
         """Added to the scores; None where every token is seen."""
         if mask is None:
             return None
-        mask = check_tensor(mask, "attention_mask", 2)
+        mask = check_tensor(mask, "attention_mask", 2, ids.device)
         if mask.shape != ids.shape or mask.dtype.is_floating_point:
             raise Fallback(f"attention_mask is {mask.dtype} {list(mask.shape)}")
         hidden = mask == 0
@@ -198,7 +199,8 @@ class TextCalls:
             raise Fallback("attention_mask hides the first token")
         if not hidden.any():
             return None
-        return torch.zeros(mask.shape).masked_fill_(hidden, torch.finfo(torch.float32).min)
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros(mask.shape, device=mask.device).masked_fill_(hidden, lowest)
 
     @staticmethod
     def _result(module, out):

@@ -15,7 +15,8 @@ import torch
 
 from . import _core
 from ._core import ShapeError, UnsupportedError
-from .compile_ import PIPES, REFUSALS, FallbackWarning, is_in_front, native_of
+from .compile_ import PIPES, is_in_front, native_of
+from .torch_native import REFUSALS, FallbackWarning
 from .torch_watch import Fallback
 
 # ---- what the loop stands on ---------------------------------------------------------------------
@@ -149,17 +150,27 @@ class Loop:
             hook = unet.__dict__.get("_hf_hook")
             if hook is not None:
                 hook.pre_forward(unet)
-            with native.running(unet) as model:
-                self._denoise(native, model)
+            self.guidance = self._guidance()
+            conditions = self._conditions()
+            args = self._args(conditions)
+            with native.running(unet, args) as model:
+                args["compute"] = native.compute
+                self._denoise(native, model, conditions, args)
         except Fallback as reason:
             if not self.started:
                 raise
             self._rest_by_module(str(reason))
 
-    def _denoise(self, native, model):
+    def _args(self, conditions):
+        """Sizes of the UNet's runs."""
+        batch, tokens, _ = conditions["encoder_hidden_states"].shape
+        ids = conditions.get("time_ids")
+        return {"entry": "forward", "batch": batch, "height": self.latents.shape[2],
+                "width": self.latents.shape[3], "tokens": tokens, "timesteps": len(self.table),
+                "loop": True, "time_ids": 0 if ids is None else ids.shape[1]}
+
+    def _denoise(self, native, model, conditions, args):
         first = self.next
-        self.guidance = self._guidance()
-        conditions = self._conditions()
         self.seen = self._marks()
         options = {}
         if self.latents.is_cuda:
@@ -172,18 +183,13 @@ class Loop:
             _core.denoise(model, self.table, self.latents, conditions, [_core.Rng(0)],
                           guidance_scale=self.guidance[0], guidance_rescale=self.guidance[1],
                           callback=step, first_row=first, noise=self.noise,
-                          registers=self.registers, **options)
+                          registers=self.registers, compute=args["compute"], **options)
         except REFUSALS as error:
             if self.started:
                 raise
             raise Fallback(f"{type(error).__name__}: {error}") from None
         finally:
-            native.count(self.next - first, {
-                "entry": "forward", "batch": len(conditions["encoder_hidden_states"]),
-                "height": self.latents.shape[2], "width": self.latents.shape[3],
-                "tokens": conditions["encoder_hidden_states"].shape[1],
-                "timesteps": len(self.table), "loop": True,
-                "time_ids": conditions["time_ids"].shape[1] if "time_ids" in conditions else 0})
+            native.count(self.next - first, args)
 
     def _guidance(self):
         """Scale and rescale as the engine takes them, 1 for none."""

@@ -16,9 +16,10 @@ from collections import Counter
 
 import torch
 
-from .compile_ import PIPES, FallbackWarning
+from .compile_ import PIPES
 from .torch_loop import Loop, check_scheduler, native_unet
-from .torch_watch import Fallback, check_state
+from .torch_native import FallbackWarning
+from .torch_watch import Fallback, check_autocast, check_state
 
 # Arguments of __call__ that the native loop honours; another one that is not at its default runs
 # the stock loop.
@@ -147,8 +148,9 @@ class StableDiffusion:
     def _check(self):
         """Raises Fallback before anything is computed or drawn."""
         pipe, a = self.pipe, self.a
-        check_state(())
         native = native_unet(pipe)
+        check_state(())
+        check_autocast(pipe._execution_device)
         if "_hf_hook" not in pipe.unet.__dict__:  # else it may have to move first
             native.examine(pipe.unet)
         for name in ("guidance_scale", "guidance_rescale", "eta"):

@@ -132,7 +132,7 @@ class Watch:
 
     def __init__(self, module, expected):
         self.reason = None
-        self.parameters, self.bound, self.dtype = [], [], None
+        self.parameters, self.bound, self.dtype, self.device = [], [], None, None
         self.volatile = False  # the reason may go without a change of structure
         self._record(module)
         try:
@@ -214,14 +214,16 @@ class Watch:
     def _check_parameter(self, name, p):
         if type(p) is not torch.nn.Parameter:
             raise Fallback(f"{name} is a {type(p).__name__}, not a plain parameter")
-        if p.device.type != "cpu":
-            raise Fallback(f"{name} is on {p.device}, only the CPU is supported")
+        if p.device.type not in ("cpu", "cuda"):
+            raise Fallback(f"{name} is on {p.device}, only CPU and CUDA are supported")
+        if self.device is not None and p.device != self.device:
+            raise Fallback(f"parameters on several devices: {self.device}, {p.device} at {name}")
         if p.layout != torch.strided or p.dtype not in (torch.float32, torch.float16,
                                                         torch.bfloat16):
             raise Fallback(f"{name} is {p.dtype}, {p.layout}")
         if self.dtype is not None and p.dtype != self.dtype:
             raise Fallback(f"parameters of several dtypes: {self.dtype}, {p.dtype} at {name}")
-        self.dtype = p.dtype
+        self.dtype, self.device = p.dtype, p.device
 
     def elsewhere(self):
         """Indices of parameters that are not where they were bound."""
@@ -240,12 +242,13 @@ class Watch:
             if d.get(key) is None:
                 raise Fallback(f"{name} is missing")
         if moved:
-            before, self.dtype = self.dtype, None
+            before = self.dtype, self.device
+            self.dtype = self.device = None
             try:
                 for name, d, key in self.parameters:
                     self._check_parameter(name, d[key])
             except Fallback:
-                self.dtype = before
+                self.dtype, self.device = before
                 raise
             for i in moved:
                 _, d, key = self.parameters[i]
@@ -273,10 +276,13 @@ def _check_known(name, module):
 # ---- the state of PyTorch ------------------------------------------------------------------------
 
 
-def check_state(values):
-    """Raises Fallback when PyTorch wants more than numbers: gradients, autocast, tracing."""
-    if torch.is_autocast_enabled("cpu"):
+def check_autocast(device):
+    if torch.is_autocast_enabled(device.type):
         raise Fallback("autocast")
+
+
+def check_state(values):
+    """Raises Fallback when PyTorch wants more than numbers: gradients, tracing."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         raise Fallback("tracing")
     if torch_module._has_any_global_hook():
@@ -295,12 +301,12 @@ def _wants_grad(value):
     return isinstance(value, list | tuple) and any(map(_wants_grad, value))
 
 
-def check_tensor(value, what, rank):
-    """`value` as a plain tensor on the CPU with that many dimensions, none of them empty."""
+def check_tensor(value, what, rank, device):
+    """`value` as a plain tensor on the device with that many dimensions, none of them empty."""
     if type(value) is not torch.Tensor:
         raise Fallback(f"{what} is a {type(value).__name__}")
-    if value.device.type != "cpu" or value.layout != torch.strided:
-        raise Fallback(f"{what} is on {value.device}, {value.layout}")
+    if value.device != device or value.layout != torch.strided:
+        raise Fallback(f"{what} is on {value.device}, {value.layout}, the parameters on {device}")
     if value.ndim != rank or value.numel() == 0:
         raise Fallback(f"{what} has shape {list(value.shape)}")
     if value.is_conj() or value.is_neg() or _is_wrapped(value):

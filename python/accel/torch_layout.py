@@ -1,0 +1,81 @@
+"""Parameters laid out as the engine reads them, so that on a GPU there is no second copy.
+
+The engine joins weights by row (Q, K and V; K and V of all cross-attentions; all time projections)
+and its convolutions read [o, h, w, i]. Joined parameters become views, one behind the other, of one
+tensor; a convolution's keeps its shape with the strides of channels_last. The engine then finds its
+derived weight already there. Values, shapes and names stay; state_dict, load_state_dict, `.to` and
+deepcopy go on as before.
+"""
+
+import re
+
+import torch
+
+# What the engine calls a join of whole weights; its sources are in order in the parentheses.
+_JOIN = re.compile(r"concat\{axis=0\}:\w+\[[\d, ]*\]\(([^()]*)\)")
+ON_CPU = [False]  # for tests: there the engine makes its own copies all the same
+
+
+def wanted(device):
+    return device.type == "cuda" or ON_CPU[0]
+
+
+def joins(keys):
+    """Lists of names that the plan joins, from the keys of its derived weights."""
+    found = (_JOIN.fullmatch(key) for key in keys)
+    return [match[1].split(",") for match in found if match]
+
+
+def lay_out(keys, parameters):
+    """Moves what the plan with these derived weights wants elsewhere.
+
+    keys : of the plan's derived weights
+    parameters : {the engine's name: parameter}
+    Returns the names of those that lie elsewhere now.
+    """
+    before = {name: (p.data_ptr(), p.stride()) for name, p in parameters.items()}
+    if any(p.is_inference() for p in parameters.values()):
+        return set()
+    taken = set()
+    for names in joins(keys):
+        if taken.isdisjoint(names) and all(name in parameters for name in names):
+            taken.update(names)
+            _join([parameters[name] for name in names])
+    for name, p in parameters.items():
+        if name not in taken and p.ndim == 4 and p.shape[2] * p.shape[3] > 1:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return {name for name, p in parameters.items() if (p.data_ptr(), p.stride()) != before[name]}
+
+
+def _join(parameters):
+    """One after the other goes into the new tensor: at most one parameter is there twice, beside
+    the joined tensor itself."""
+    first = parameters[0]
+    if any(p.shape[1:] != first.shape[1:] or p.dtype != first.dtype for p in parameters):
+        return
+    if _are_joined(parameters):
+        return
+    rows = sum(len(p) for p in parameters)
+    joined = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=first.device)
+    at = 0
+    for p in parameters:
+        view = joined[at:at + len(p)]
+        view.copy_(p.data)
+        at += len(p)
+        p.data = view
+
+
+def _are_joined(parameters):
+    end = parameters[0].data_ptr()
+    for p in parameters:
+        if p.data_ptr() != end or not p.is_contiguous():
+            return False
+        end += p.nbytes
+    return True
+
+
+def separate(parameters):
+    """Gives every parameter contiguous memory of its own again."""
+    for p in parameters:
+        if not p.is_contiguous() or p.untyped_storage().nbytes() != p.nbytes:
+            p.data = p.data.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,462 @@
+"""One compiled module: its parameters bound to the engine, its calls run there.
+
+Weights are borrowed from the module's parameters. On the CPU an in-place change of one is noticed
+by checksums, which cost nothing beside a run there; on a GPU by PyTorch's version counters, because
+nothing may wait for the GPU: what bypasses them (`p.data.add_(...)`) needs accel.refresh().
+"""
+
+import contextlib
+import inspect
+import itertools
+import json
+import os
+import threading
+import warnings
+import weakref
+from collections import Counter
+
+from . import _core, threads
+from ._core import (
+    DeviceError,
+    DTypeError,
+    InvalidArgument,
+    ShapeError,
+    UnsupportedError,
+    WeightsError,
+)
+
+PROMPTS_KEPT = 4
+# What the engine says to a call that the original may still take, or refuse in its own words.
+REFUSALS = (InvalidArgument, ShapeError, DTypeError, UnsupportedError, WeightsError, BufferError)
+_tokens = itertools.count(1)
+
+
+class FallbackWarning(UserWarning):
+    """A compiled module ran its original forward; given once for each module and reason."""
+
+
+# ---- one compiled module -------------------------------------------------------------------------
+
+_natives = weakref.WeakSet()
+
+
+def _after_fork():
+    """In the child: a thread that is not there may have held a lock, in the middle of a change."""
+    for native in list(_natives):
+        if native.lock.acquire(blocking=False):
+            native.lock.release()
+        else:
+            native.lock = threading.RLock()
+            native._forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Native:
+    """The engine's side of one module. All state changes under `lock`; runs do not hold it."""
+
+    def __init__(self, module, calls, passes_off):
+        self.module = weakref.ref(module)
+        self.class_name = type(module).__name__
+        self.calls = calls
+        self.passes_off = passes_off
+        self.lock = threading.RLock()
+        _natives.add(self)
+        self.native_runs = 0
+        self.fallbacks = Counter()
+        self.originals = {m: getattr(type(module), m) for m in calls.methods}
+        self.signatures = {m: inspect.signature(getattr(module, m)) for m in calls.methods}
+        self.active = 0        # runs without the lock
+        self.last_args = None
+        self.laid = set()      # the engine's names of parameters that torch_layout moved
+        self._forget()
+
+    def _forget(self):
+        """Lets go of all of the module; it is examined and bound again at the next call."""
+        self.watch = None
+        self._unbind()
+
+    def _unbind(self):
+        """Lets go of parameters, plans and derived weights.  Runs that go on keep theirs."""
+        self.model = self.weights = None
+        self.names = []        # of the engine, one a parameter
+        self.versions = []     # on a GPU: of the parameters, when they were last looked at
+        self.copies = {}       # name -> (parameter, contiguous copy, checksum or None)
+        self.raw = None        # Weights over the copied parameters' memory, on the CPU
+        self.laid_out = False
+        self.prompts = []      # newest last: (tensors, token)
+        self.unwatched = None  # see _prompt_weights
+        self.prompt_checksum = None
+        self.io = {}           # args -> outputs
+
+    def release(self):
+        """Frees all that the engine holds for the module, the room for its activations too."""
+        with self.lock:
+            device = self.device
+            self._forget()
+        if device.startswith("cuda"):
+            with contextlib.suppress(DeviceError):
+                _core.trim(device)
+
+    @property
+    def device(self):
+        """The engine's name for where the parameters are; "cpu" when that is not known."""
+        place = self.watch.device if self.watch is not None else None
+        return "cpu" if place is None or place.type == "cpu" else f"cuda:{place.index}"
+
+    @property
+    def compute(self):
+        """Dtype of activations: the module's on a GPU, float32 on the CPU."""
+        name = str(self.watch.dtype).removeprefix("torch.")
+        return "float32" if self.watch.device.type == "cpu" else name
+
+    # ---- following the module --------------------------------------------------------------------
+
+    def _follow(self, module):
+        """Examines and binds what changed; raises Fallback."""
+        from .torch_watch import Fallback, Watch, reference
+
+        if self.watch is None or self.watch.changed(module):
+            text = config_text(module)
+            if self.watch is None or text != self.text:
+                self._forget()
+                self.text, self.reference = text, reference(module)
+            watch = Watch(module, self.reference)
+            if watch.reason is None and self.model is not None:
+                self._keep_bindings(watch)
+                if watch.device.type == "cuda" and self.weights is not None:
+                    self.weights.invalidate()  # fused adapters leave no other trace
+                    self.prompts.clear()
+            self.watch = watch
+        if self.watch.reason is not None:
+            raise Fallback(self.watch.reason)
+        if self.model is None:
+            self._bind_all()
+            return
+        device = self.watch.device
+        moved = self.watch.moved()
+        if self.watch.device != device:  # without a word: somebody assigned p.data
+            self._unbind()
+            self._bind_all()
+            return
+        if moved and self.active:
+            self._unbind()
+            self._bind_all()
+        elif moved:
+            for i in moved:
+                self._bind(i)
+            self.prompts.clear()
+            self.io.clear()
+
+    def _keep_bindings(self, watch):
+        """After a new examination the engine still holds the old bindings: compare with those."""
+        old = {}
+        if self.watch.reason is None:
+            old = {name: place for (name, _, _), place in
+                   zip(self.watch.parameters, self.watch.bound, strict=True)}
+        if set(old) == {name for name, _, _ in watch.parameters}:
+            watch.bound = [old[name] for name, _, _ in watch.parameters]
+        else:
+            self._unbind()
+
+    def _bind_all(self):
+        from .torch_watch import Fallback
+
+        self.weights = _core.Weights()
+        self.names = [_core.weight_name(self.class_name, name)
+                      for name, _, _ in self.watch.parameters]
+        self.versions = [None] * len(self.names)
+        for i in range(len(self.names)):
+            self._bind(i)
+        try:
+            self.model = _core.Model(self.text, self.weights, self.device, self.passes_off)
+        except DeviceError as error:  # no such device for accel: the reason is in the message
+            self._unbind()
+            raise Fallback(f"{self.device}: {error}") from None
+
+    def _bind(self, i):
+        _, d, key = self.watch.parameters[i]
+        p, name = d[key].detach(), self.names[i]
+        self.copies.pop(name, None)
+        self.versions[i] = _version(d[key])
+        if not p.is_contiguous() and not (p.is_cuda and is_channels_last(p)):
+            p = self._copy(name, p)
+        self.weights.set(name, p)
+
+    def _copy(self, name, p):
+        """channels_last and other permuted parameters: a contiguous copy, on the CPU with a
+        checksum over the original's memory that tells when to copy again."""
+        from .torch_watch import Fallback
+
+        if p.is_cuda:
+            copy = p.contiguous()
+            self.copies[name] = (p, copy, None)
+            return copy
+        order = sorted(range(p.ndim), key=lambda d: p.stride(d), reverse=True)
+        flat = p.permute(order)
+        if not flat.is_contiguous():
+            raise Fallback(f"{name} is a view with gaps")
+        if self.raw is None:
+            self.raw = _core.Weights()
+        self.raw.set(name, flat)
+        copy = p.contiguous()
+        self.copies[name] = (p, copy, self.raw.checksum((name,)))
+        return copy
+
+    def _check_sources(self):
+        """In-place changes, which move no pointer; how many."""
+        if self.watch.device.type == "cuda":
+            return self._check_versions()
+        changed = self.weights.check()
+        for name, (p, copy, checksum) in self.copies.items():
+            now = self.raw.checksum((name,))
+            if now != checksum:
+                copy.copy_(p)
+                self.copies[name] = (p, copy, now)
+                self.weights.invalidate(name)
+                changed += 1
+        if changed:
+            self.prompts.clear()
+        return changed
+
+    def _check_versions(self):
+        changed = 0
+        for i, (_, d, key) in enumerate(self.watch.parameters):
+            version = _version(d[key])
+            if version == self.versions[i]:
+                continue
+            changed += 1
+            name, self.versions[i] = self.names[i], version
+            if name in self.copies:
+                p, copy, _ = self.copies[name]
+                copy.copy_(p)
+            self.weights.invalidate(name)
+        if changed:
+            self.prompts.clear()
+        return changed
+
+    def _lay_out(self, args):
+        """On a GPU, before the first run: parameters where the plan for `args` wants them."""
+        from . import torch_layout
+
+        if self.laid_out or not torch_layout.wanted(self.watch.device) or self.active:
+            return
+        self.laid_out = True
+        keys = [d["key"] for d in json.loads(self.model.explain(args, True, False))["derived"]]
+        parameters = {name: d[key] for name, (_, d, key) in
+                      zip(self.names, self.watch.parameters, strict=True)}
+        self.laid |= torch_layout.lay_out(keys, parameters)
+        for i in self.watch.moved():
+            self._bind(i)
+        self.prompts.clear()
+
+    # ---- for the loop of a pipeline --------------------------------------------------------------
+
+    def examine(self, module):
+        """Binds what can be; raises Fallback."""
+        with self.lock:
+            self._follow(module)
+
+    @contextlib.contextmanager
+    def running(self, module, args):
+        """The engine's model, bound and checked, for as long as a loop of `args` runs; raises
+        Fallback."""
+        import torch
+
+        with self.lock:
+            self._follow(module)
+            self._lay_out(args | {"compute": self.compute})
+            self._check_sources()
+            self._prompt_weights_changed()
+            model = self.model
+            threads.follow(torch.get_num_threads())
+            self.active += 1
+        try:
+            yield model
+        finally:
+            with self.lock:
+                self.active -= 1
+
+    def touched(self, module, model):
+        """Whether somebody did something to the module since running() gave `model`."""
+        with self.lock:
+            return (self.model is not model or self.watch.changed(module)
+                    or bool(self.watch.elsewhere()) or self._check_sources()
+                    or self._prompt_weights_changed())
+
+    def count(self, rows, args):
+        """A loop ran this many rows."""
+        with self.lock:
+            self.native_runs += rows
+            self.last_args = args
+
+    # ---- the prompt section ----------------------------------------------------------------------
+
+    def _token(self, tensors):
+        """A number that is equal only for equal prompts and unchanged weights; 0: do not reuse.
+
+        Compares values on the CPU: exact for inference tensors and reused memory too, and next to
+        nothing beside a run. On a GPU the same objects with the same versions.
+        """
+        import torch
+
+        if not tensors:
+            return 0
+        if tensors[0].is_cuda:
+            return self._token_of_objects(tensors)
+        self._prompt_weights_changed()
+        for kept, token in self.prompts:
+            if len(kept) == len(tensors) and all(
+                    a.dtype == b.dtype and torch.equal(a, b)
+                    for a, b in zip(kept, tensors, strict=True)):
+                return token
+        token = next(_tokens)
+        self.prompts.append((tuple(t.detach().clone() for t in tensors), token))
+        del self.prompts[:-PROMPTS_KEPT]
+        return token
+
+    def _token_of_objects(self, tensors):
+        if any(t.is_inference() for t in tensors):
+            return 0
+        versions = [t._version for t in tensors]
+        for kept, old, token in self.prompts:
+            if old == versions and len(kept) == len(tensors) and all(
+                    a is b for a, b in zip(kept, tensors, strict=True)):
+                return token
+        token = next(_tokens)
+        self.prompts.append((tensors, versions, token))
+        del self.prompts[:-PROMPTS_KEPT]
+        return token
+
+    def _prompt_weights_changed(self):
+        """Whether weights that the prompt section reads in place changed, on the CPU."""
+        if self.watch.device.type == "cuda":
+            return False
+        direct = self._prompt_weights()
+        checksum = self.weights.checksum(direct) if direct else None
+        if checksum == self.prompt_checksum:
+            return False
+        self.prompts.clear()
+        self.prompt_checksum = checksum
+        return True
+
+    def _prompt_weights(self):
+        """Weights of the prompt section that no derived weight watches over."""
+        derived = self.weights.derived()
+        if self.unwatched is None or self.unwatched[0] != len(derived):
+            watched = {s for d in derived for s in d["sources"]}
+            self.unwatched = len(derived), tuple(
+                n for n in self.weights.names() if n not in watched and _is_prompt_weight(n))
+            self.prompt_checksum = None
+        return self.unwatched[1]
+
+    # ---- calls -----------------------------------------------------------------------------------
+
+    def call(self, method, args, kwargs):
+        """The engine where it can, else the original."""
+        from . import torch_upcast
+        from .torch_watch import Fallback
+
+        module = self.module()
+        try:
+            result = self._try(module, method, args, kwargs)
+        except Fallback as reason:
+            why = str(reason)
+        except REFUSALS as error:
+            why = f"{type(error).__name__}: {error}"
+        else:
+            return result
+        with self.lock:
+            self.fallbacks[why] += 1
+            first = self.fallbacks[why] == 1
+        if first:
+            warnings.warn(f"accel: {self.class_name} runs its original {method}: {why}",
+                          FallbackWarning, stacklevel=3)
+        original = self.originals[method].__get__(module)
+        if torch_upcast.is_needed(module):
+            return torch_upcast.run(module, original, args, kwargs)
+        return original(*args, **kwargs)
+
+    def _try(self, module, method, args, kwargs):
+        import torch
+
+        from .torch_watch import Fallback, check_autocast, check_state
+
+        signature = self.signatures[method]
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise Fallback(str(error)) from None
+        check_state((args, kwargs))
+        defaults = {n: p.default for n, p in signature.parameters.items()}
+        with self.lock:
+            self._follow(module)
+            device, stream = self.watch.device, None
+            check_autocast(device)
+            request = self.calls.request(method, module, self.watch.dtype, device,
+                                         dict(bound.arguments), defaults)
+            if device.type == "cuda":
+                request.args["compute"] = self.compute
+                stream = torch.cuda.current_stream(device).cuda_stream
+                self._lay_out(request.args)
+            self._check_sources()
+            token = self._token(request.prompt)
+            model = self.model
+            outputs = {name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+                       for name, shape, dtype in self._outputs(request.args)}
+            self.last_args = request.args
+            threads.follow(torch.get_num_threads())
+            self.active += 1
+        try:
+            inputs = {n: t.detach() for n, t in request.inputs.items()}
+            model.run(request.args, inputs, outputs, token, stream=stream)
+        finally:
+            with self.lock:
+                self.active -= 1
+        with self.lock:
+            self.native_runs += 1
+        return request.wrap(outputs)
+
+    def _outputs(self, args):
+        key = tuple(args.items())
+        if key not in self.io:
+            if len(self.io) > 64:
+                self.io.clear()
+            self.io[key] = [(name, shape, dtype) for name, shape, dtype, is_output
+                            in self.model.io(args) if is_output]
+        return self.io[key]
+
+
+def _version(p):
+    """PyTorch's counter of in-place changes; inference tensors have none."""
+    return None if not p.is_cuda or p.is_inference() else p._version
+
+
+def is_channels_last(p):
+    """Whether a convolution's weight [o, i, h, w] lies in memory as [o, h, w, i]."""
+    return p.ndim == 4 and p.permute(0, 2, 3, 1).is_contiguous()
+
+
+def _is_prompt_weight(name):
+    return ".attn2.to_k." in name or ".attn2.to_v." in name or name.startswith("add_embedding.")
+
+
+def give_back(native, module):
+    """Parameters that were laid out for the engine become contiguous ones of their own again."""
+    from . import torch_layout
+
+    torch_layout.separate(p for name, p in module.named_parameters()
+                          if _core.weight_name(native.class_name, name) in native.laid)
+    native.laid.clear()
+
+
+def config_text(module):
+    """config.json of a module as it is now."""
+    config = module.config
+    if hasattr(config, "to_diff_dict"):  # transformers
+        data = json.loads(config.to_json_string(use_diff=True))
+        data["architectures"] = [type(module).__name__]
+    else:
+        data = json.loads(module.to_json_string())
+    return json.dumps(data)
