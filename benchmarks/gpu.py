@@ -1,0 +1,560 @@
+"""Time accel against PyTorch on a GPU, and print README's tables.
+
+    python benchmarks/gpu.py                           # everything but torch.compile
+    python benchmarks/gpu.py models --torch-compile 150 --only sd15,vae512
+    python benchmarks/gpu.py pipelines memory --record benchmarks/records
+
+    models      one call of a network: accel's compiled module, PyTorch eager (channels_last), and
+                torch.compile (reduce-overhead) where it is ready within the given seconds
+    pipelines   prompt to tensor, stock against accel.compile(pipe)
+    memory      the fall of the GPU's free memory in a fresh process, one for each competitor
+
+Competitors take turns in one process, a round is some calls of each between two CUDA events, and
+what counts is the median over the rounds.  Weights and data are random (chips that are limited by
+power are faster on zeros).  Each timed module is checked in the same run: both errors against
+float32 are printed, and report() must say that the engine ran, and never fell back.
+"""
+
+import argparse
+import contextlib
+import copy
+import datetime
+import gc
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "tests" / "configs"
+TINY = False  # --tiny: networks of a few channels on the CPU, to try this script
+
+
+def device():
+    return "cpu" if TINY else "cuda"
+
+
+def sync():
+    import torch
+
+    if not TINY:
+        torch.cuda.synchronize()
+
+
+def free():
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+# ---- networks ------------------------------------------------------------------------------------
+
+
+def config_of(name):
+    """Return a published config, or with --tiny a small one of that kind."""
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    if TINY and "block_out_channels" in config:
+        n = len(config["block_out_channels"])
+        config["block_out_channels"] = [32 * (i + 1) for i in range(n)]
+        if "unet" in name:
+            config |= {"norm_num_groups": 8, "attention_head_dim": [4 * (i + 1) for i in range(n)]}
+            config["transformer_layers_per_block"] = 1
+            config["cross_attention_dim"] = 128 if "sdxl" in name else 64
+            if "projection_class_embeddings_input_dim" in config:
+                config["projection_class_embeddings_input_dim"] = 6 * 256 + 64
+    elif TINY:
+        config |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+                   "num_attention_heads": 2, "projection_dim": 64}
+    return config
+
+
+def make(name, dtype):
+    """The module of a published config with random weights, made on the GPU."""
+    import torch
+
+    config = config_of(name)
+    with torch.device(device()):
+        if "architectures" in config:
+            import transformers
+
+            cls = getattr(transformers, config["architectures"][0])
+            module = cls(transformers.CLIPTextConfig(**config))
+        else:
+            import diffusers
+
+            cls = getattr(diffusers, config["_class_name"])
+            module = cls(**{k: v for k, v in config.items() if not k.startswith("_")})
+    generator = torch.Generator(device()).manual_seed(0)
+    with torch.no_grad():
+        for key, p in module.named_parameters():
+            value = torch.randn(p.shape, generator=generator, device=device())
+            if p.ndim == 1:
+                value = value.mul_(0.1).add_(1.0 if key.endswith("weight") else 0.0)
+            elif "embedding" not in key or "linear" in key:
+                value = value.mul_(p[0].numel() ** -0.5)
+            p.copy_(value)
+    return module.to(dtype).eval()
+
+
+def randn(*shape, seed, dtype):
+    import torch
+
+    generator = torch.Generator(device()).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=device()).to(dtype)
+
+
+def unet_call(name, size):
+    """call(module) of one guided step."""
+
+    def call(module, dtype):
+        import torch
+
+        config = config_of(name)
+        args = {"sample": randn(2, 4, size, size, seed=1, dtype=dtype), "timestep": 501,
+                "encoder_hidden_states": randn(2, 77, config["cross_attention_dim"], seed=2,
+                                               dtype=dtype)}
+        if config.get("addition_embed_type") == "text_time":
+            ids = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * 2, device=device(), dtype=dtype)
+            pooled = randn(2, 64 if TINY else 1280, seed=3, dtype=dtype)
+            args["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
+        return lambda: module(**args, return_dict=False)[0]
+
+    return call
+
+
+def decode_call(size):
+    def call(module, dtype):
+        z = randn(1, 4, size, size, seed=1, dtype=dtype)
+        return lambda: module.decode(z, return_dict=False)[0]
+
+    return call
+
+
+def text_call(module, _dtype):
+    import torch
+
+    ids = torch.randint(0, 49000, (2, 77), generator=torch.Generator().manual_seed(1))
+    ids[:, -1] = 49407
+    ids = ids.to(device())
+    return lambda: module(ids, return_dict=False)[0]
+
+
+def cases():
+    """name -> (title, config, call, calls of a round)"""
+    small = 8 if TINY else 0
+    return {
+        "sd15": ("SD 1.5 UNet, 512x512, batch 2", "sd15_unet", unet_call("sd15_unet",
+                                                                         small or 64), 20),
+        "sdxl": ("SDXL UNet, 1024x1024, batch 2", "sdxl_base_unet",
+                 unet_call("sdxl_base_unet", small or 128), 5),
+        "vae512": ("VAE decode, 512x512", "sd_vae", decode_call(small or 64), 10),
+        "vae1024": ("VAE decode, 1024x1024", "sdxl_vae", decode_call(small or 128), 5),
+        "clip_l": ("CLIP-L, 2x77", "clip_l", text_call, 20),
+        "clip_bigg": ("bigG, 2x77", "clip_bigg", text_call, 20),
+    }
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+
+def round_ms(call, calls):
+    """Milliseconds of one call, over some of them."""
+    import torch
+
+    if TINY:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) * 1e3 / calls
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls
+
+
+def alternate(competitors, calls, rounds):
+    """{name: median ms} of competitors that take turns."""
+    times = {name: [] for name in competitors}
+    for call in competitors.values():
+        for _ in range(3):
+            call()
+    sync()
+    for _ in range(rounds):
+        for name, call in competitors.items():
+            times[name].append(round_ms(call, calls))
+    return {name: {"ms": statistics.median(t), "least": min(t), "most": max(t)}
+            for name, t in times.items()}
+
+
+@contextlib.contextmanager
+def limit(seconds):
+    """Raises TimeoutError in the main thread when the time is over; again and again, since what
+    runs there may swallow one."""
+
+    def ring(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def error(found, truth):
+    found, truth = found.float(), truth.float()
+    return float((found - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+
+
+# ---- one network ---------------------------------------------------------------------------------
+
+
+def torch_compiled(module, call, seconds):
+    """(callable, what to say): torch.compile's, warmed up, or None when it took too long."""
+    import torch
+
+    compiled = torch.compile(module, mode="reduce-overhead")
+    if hasattr(module, "decode"):  # what a user compiles of a VAE
+        module.decode = torch.compile(module.decode, mode="reduce-overhead")
+        compiled = module
+    run = call(compiled, torch.float16)
+
+    def step():
+        torch.compiler.cudagraph_mark_step_begin()
+        return run()
+
+    start = time.perf_counter()
+    try:
+        with limit(seconds):
+            for _ in range(4):
+                step()
+            sync()
+    except Exception as failure:  # whatever it raises is its result
+        if "TimeoutError" in f"{type(failure).__name__} {failure}":
+            return None, f"not ready after {seconds} s"
+        return None, " ".join(f"{type(failure).__name__}: {failure}".split())[:120]
+    return step, f"ready after {time.perf_counter() - start:.0f} s"
+
+
+def plan_of(module):
+    """The engine's own figures: the recorded graph in one go, FLOPs, bound."""
+    import accel
+
+    profile = json.loads(accel.explain(module, profile=True, json=True))
+    last = profile["sections"][-1]
+    return {"graph_ms": last["whole_ms"], "gflop": last["flops"] / 1e9,
+            "bound_ms": last["bound_ms"], "section": last["section"],
+            "classes": [{k: c[k] for k in ("rate", "class", "ms", "bound_ms", "steps")}
+                        for c in profile["classes"]]}
+
+
+def measure(title, config, call, calls, rounds, compile_seconds):
+    """One row of the table of networks."""
+    import torch
+
+    import accel
+
+    print(f"# {title}", flush=True)
+    layout = torch.channels_last if "clip" not in config else torch.contiguous_format
+    plain = make(config, torch.float16)
+    wide = copy.deepcopy(plain).float()
+    truth = call(wide, torch.float32)()
+    del wide
+    free()
+    fast = accel.compile(copy.deepcopy(plain))
+    eager = plain.to(memory_format=layout)
+    competitors = {"accel": call(fast, torch.float16), "eager": call(eager, torch.float16)}
+    row = {"title": title, "error": {n: error(c(), truth) for n, c in competitors.items()}}
+    if compile_seconds:
+        third = copy.deepcopy(plain).to(memory_format=layout)
+        if hasattr(third, "fuse_qkv_projections"):
+            with contextlib.suppress(Exception):
+                third.fuse_qkv_projections()
+        step, row["torch_compile"] = torch_compiled(third, call, compile_seconds)
+        if step:
+            competitors["torch.compile"] = step
+            row["error"]["torch.compile"] = error(step(), truth)
+    for name, e in row["error"].items():
+        assert e < 0.05, f"{title}: {name} is off by {e}"
+    row["times"] = alternate(competitors, calls, rounds)
+    report = accel.report(fast)
+    assert report["native_runs"] > 0 and not report["fallbacks"], report
+    row["plan"] = plan_of(fast)
+    print(json.dumps({k: v for k, v in row.items() if k != "plan"}), flush=True)
+    return row
+
+
+def models(names, rounds, compile_seconds):
+    rows = []
+    for name, (title, config, call, calls) in cases().items():
+        if names and name not in names:
+            continue
+        try:
+            rows.append(measure(title, config, call, calls, rounds, compile_seconds))
+        except Exception as failure:  # the other rows are worth having
+            print(f"FAILED {title}: {type(failure).__name__}: {failure}"[:2000], flush=True)
+            rows.append({"title": title, "failed": f"{type(failure).__name__}: {failure}"[:500]})
+        free()
+        if compile_seconds:
+            import torch
+
+            torch._dynamo.reset()
+            free()
+    return rows
+
+
+def number(value, digits=2):
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def models_table(rows):
+    header = ["one call, fp16, ms", "accel", "its graph alone", "PyTorch eager, channels_last",
+              "torch.compile", "bound", "error: accel / eager"]
+    out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for r in rows:
+        if "failed" in r:
+            out.append(f"| {r['title']} | failed: {r['failed'][:80]} |" + " |" * 5)
+            continue
+        t = {n: v["ms"] for n, v in r["times"].items()}
+        out.append("| " + " | ".join([
+            r["title"], number(t["accel"]), number(r["plan"]["graph_ms"]), number(t["eager"]),
+            number(t.get("torch.compile")) or r.get("torch_compile", ""),
+            number(r["plan"]["bound_ms"]),
+            f"{r['error']['accel']:.2e} / {r['error']['eager']:.2e}"]) + " |")
+    return "\n".join(out)
+
+
+# ---- pipelines -----------------------------------------------------------------------------------
+
+
+def pipe_of(kind, fast):
+    """A stock pipeline over random networks, its copy of them compiled when `fast`."""
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTokenizer
+
+    import accel
+
+    half = torch.float16
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    tokenizer = CLIPTokenizer.from_pretrained(accel.demo_model() / "tokenizer")
+    parts = {"scheduler": scheduler, "tokenizer": tokenizer, "text_encoder": make("clip_l", half)}
+    if kind == "sdxl":
+        vae = make("sdxl_vae", half)
+        vae.register_to_config(force_upcast=False)  # or stock would decode in float32
+        pipe = StableDiffusionXLPipeline(
+            **parts, vae=vae, text_encoder_2=make("clip_bigg", half), tokenizer_2=tokenizer,
+            unet=make("sdxl_base_unet", half), add_watermarker=False)
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts, vae=make("sd_vae", half), unet=make("sd15_unet", half), safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return accel.compile(pipe) if fast else pipe
+
+
+PIPELINES = {"sd15": ("SD 1.5, 50 steps, 512x512", 50, 512),
+             "sdxl": ("SDXL, 30 steps, 1024x1024", 30, 1024)}
+
+
+def draw(pipe, steps, size, seed=1):
+    import torch
+
+    size, steps = (64, 2) if TINY else (size, steps)
+    images = pipe("a red house by a lake at sunset", num_inference_steps=steps, height=size,
+                  width=size, guidance_scale=5.0, output_type="pt",
+                  generator=torch.Generator(device()).manual_seed(seed)).images
+    sync()
+    return images
+
+
+def pipelines(names, runs):
+    """Prompt to tensor; the two take turns."""
+    import accel
+
+    rows = []
+    for name, (title, steps, size) in PIPELINES.items():
+        if names and name not in names:
+            continue
+        print(f"# {title}", flush=True)
+        pipes = {"accel": pipe_of(name, True), "stock": pipe_of(name, False)}
+        first, times = {}, {n: [] for n in pipes}
+        for n, pipe in pipes.items():
+            draw(pipe, steps, size)
+            first[n] = draw(pipe, steps, size)
+        for _ in range(runs):
+            for n, pipe in pipes.items():
+                start = time.perf_counter()
+                draw(pipe, steps, size)
+                times[n].append(time.perf_counter() - start)
+        report = accel.report(pipes["accel"])
+        rows.append({"title": title, "loop": report["loop"],
+                     "fallbacks": {n: c["fallbacks"] for n, c in report["components"].items()
+                                   if c.get("fallbacks")},
+                     "times": {n: statistics.median(t) for n, t in times.items()},
+                     "all": times, "picture_error": error(first["accel"], first["stock"])})
+        print(json.dumps(rows[-1]), flush=True)
+        del pipes, first
+        free()
+    return rows
+
+
+def pipelines_table(rows):
+    out = ["| prompt to tensor, fp16, s | accel | stock | |", "|---|---|---|---|"]
+    for r in rows:
+        t = r["times"]
+        out.append(f"| {r['title']} | {t['accel']:.3f} | {t['stock']:.3f} | "
+                   f"{t['stock'] / t['accel']:.2f} times as fast |")
+    return "\n".join(out)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def memory_of(kind, who):
+    """In a fresh process: the largest fall of the free memory while a pipeline draws."""
+    import torch
+
+    if TINY:
+        draw(pipe_of(kind, who == "accel"), 2, 64)
+        return {"fall": 0, "after_del": 0}
+    at_start = torch.cuda.mem_get_info()[0]
+    least, done = [at_start], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            least[0] = min(least[0], torch.cuda.mem_get_info()[0])
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    _, steps, size = PIPELINES[kind]
+    pipe = pipe_of(kind, who == "accel")
+    for _ in range(2):
+        draw(pipe, min(steps, 6), size)
+    done.set()
+    thread.join()
+    del pipe
+    free()
+    sync()
+    return {"fall": at_start - min(least[0], torch.cuda.mem_get_info()[0]),
+            "after_del": at_start - torch.cuda.mem_get_info()[0]}
+
+
+def memory(names):
+    rows = []
+    for kind, (title, _, _) in PIPELINES.items():
+        if names and kind not in names:
+            continue
+        row = {"title": title}
+        for who in ("accel", "stock"):
+            command = [sys.executable, __file__, "--memory-of", kind, who]
+            result = subprocess.run(command + ["--tiny"] * TINY, capture_output=True, text=True)
+            lines = result.stdout.strip().splitlines()
+            row[who] = json.loads(lines[-1]) if result.returncode == 0 else {
+                "failed": result.stderr[-500:]}
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def memory_table(rows):
+    out = ["| fall of free memory, MB | accel | stock | after `del pipe`: accel | stock |",
+           "|---|---|---|---|---|"]
+    for r in rows:
+        cells = [r[who].get(key) for key in ("fall", "after_del") for who in ("accel", "stock")]
+        out.append(f"| {r['title']} | " + " | ".join(
+            "failed" if c is None else f"{c / 1e6:.0f}" for c in cells) + " |")
+    return "\n".join(out)
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+
+
+def versions():
+    import diffusers
+    import torch
+    import transformers
+
+    import accel
+
+    found = {"accel": accel.__version__, "python": platform.python_version(),
+             "torch": torch.__version__, "diffusers": diffusers.__version__,
+             "transformers": transformers.__version__, "cuda": torch.version.cuda,
+             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")}
+    if not TINY:
+        found |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True)
+        found["driver"] = driver.stdout.strip().splitlines()[0] if driver.stdout else ""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                            text=True, cwd=ROOT)
+    return found | {"commit": commit.stdout.strip()}
+
+
+def write_record(folder, result):
+    """Adds this run's parts to the record of the day and the GPU."""
+    name = result["versions"].get("gpu", "cpu").replace("NVIDIA ", "").split()[0].lower()
+    path = Path(folder) / f"{result['versions']['date'][:10]}-{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | result, indent=1) + "\n")
+    print(f"record: {path}")
+
+
+def main():
+    global TINY
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("parts", nargs="*", help="models, pipelines, memory (default: all)")
+    parser.add_argument("--only", default="", help="names of rows, with commas between")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--runs", type=int, default=3, help="of a pipeline")
+    parser.add_argument("--torch-compile", type=int, default=0, metavar="SECONDS",
+                        help="also torch.compile, given up after so many seconds a network")
+    parser.add_argument("--record", metavar="FOLDER", help="write <date>-<gpu>.json there")
+    parser.add_argument("--tiny", action="store_true", help="try this script on the CPU")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    TINY = args.tiny
+    import torch
+
+    torch.set_grad_enabled(False)
+    if args.memory_of:
+        print(json.dumps(memory_of(*args.memory_of)))
+        return
+    unknown = set(args.parts) - {"models", "pipelines", "memory"}
+    if unknown:
+        parser.error(f"found {sorted(unknown)}, expected models, pipelines, memory")
+    names = set(filter(None, args.only.split(",")))
+    parts = args.parts or ["models", "pipelines", "memory"]
+    result, text = {"versions": versions()}, []
+    if "memory" in parts:  # first: this process holds nothing yet
+        result["memory"] = memory(names)
+        text.append(memory_table(result["memory"]))
+    if "models" in parts:
+        result["models"] = models(names, args.rounds, args.torch_compile)
+        text.insert(0, models_table(result["models"]))
+    if "pipelines" in parts:
+        result["pipelines"] = pipelines(names, args.runs)
+        text.append(pipelines_table(result["pipelines"]))
+    print("\n" + "\n\n".join(text) + "\n\n" + json.dumps(result["versions"]))
+    if args.record:
+        write_record(args.record, result)
+
+
+if __name__ == "__main__":
+    main()
