@@ -11,7 +11,7 @@ CSRC    := $(wildcard csrc/*.c csrc/models/*.c csrc/passes/*.c csrc/schedulers/*
 OBJ     := $(CSRC:%.c=$(B)/%.o)
 CTESTS  := $(patsubst tests/c/%.c,$(B)/tests/%,$(wildcard tests/c/test_*.c))
 
-.PHONY: help lib check-c cuda test-gpu test-gpu-python demo test test-install test-build test-run \
+.PHONY: help lib check-c cuda cuda-headers test-gpu test-gpu-python demo test test-install test-build test-run \
         sanitize tsan oom fuzz san-extension clean
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -74,6 +74,14 @@ cuda: ## the CUDA library, where nvcc is found
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) --no-print-directory $(CUDA_SO); \
 	else echo "cuda: skipped, no nvcc was found"; fi
 
+# NVIDIA's wheels are 770 MB, their headers 1: the rest is thrown away (10 to 30 s).
+cuda-headers: $(PY) ## cuBLASLt's and cuDNN's headers into build/headers, from NVIDIA's pip packages
+	@rm -rf build/headers && mkdir -p build/headers/wheels
+	timeout 150 $(PIP) download --no-cache-dir --no-deps --only-binary=:all: -d build/headers/wheels \
+	    "nvidia-cublas==13.1.*" "nvidia-cudnn-cu13==9.19.*"
+	@cd build/headers && $(CURDIR)/$(PY) -c 'import glob, zipfile as z; [w.extractall(members=[n for n in w.namelist() if "/include/" in n]) for w in map(z.ZipFile, glob.glob("wheels/*.whl"))]'
+	@rm -rf build/headers/wheels
+
 GPU_TESTS := $(B)/tests/test_seam $(B)/tests/test_cuda $(B)/tests/test_kernels $(B)/tests/test_cuda_models
 
 test-gpu: ## the checks that need a GPU; installs nothing
@@ -113,6 +121,9 @@ test: test-install test-build test-run ## everything CI runs: sets up, builds, p
 
 test-install: $(PY) ## what the tests need, into .venv
 	$(PIP) install "setuptools>=77" wheel build $(EXTRA)
+	@if command -v $(NVCC) >/dev/null && [ -z "$(CUBLAS_HEADER)" -o -z "$(CUDNN_HEADER)" ]; then \
+	    $(MAKE) --no-print-directory cuda-headers || \
+	    echo "cuda: NO HEADERS of cuBLASLt and cuDNN: what calls them is not compiled"; fi
 
 test-build: $(PY) ## the extension, the C tests, and the GPU library where nvcc is
 	ACCEL_CUDA_ARCHS=$(ACCEL_CUDA_ARCHS) $(PIP) install --no-build-isolation --no-deps -e .

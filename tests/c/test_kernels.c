@@ -313,6 +313,11 @@ agrees(const setup *s, const ac_kernel *kernel, const char *isa, const char *res
     if (s->c->op == AC_OP_ATTENTION) {
         rounding *= 2.0; /* the exponents are rounded too, before they meet v */
     }
+    const ac_linear_attr *linear = &s->c->attr.linear;
+    if (s->c->op == AC_OP_LINEAR) { /* in parts: value and gate, x before its activation, x1 w1 */
+        bool parts = linear->act != AC_ACT_NONE || s->c->shape[AC_LINEAR_X2].rank >= 0;
+        rounding *= linear->gated ? 3.0 : parts ? 2.0 : 1.0;
+    }
     double limit = (allowed.most + rounding) * most + (rounding ? 6e-8 : 1e-30);
     double worst = 0.0;
     for (int64_t i = 0; i < s->samples; i++) {
