@@ -199,8 +199,9 @@ class Loop:
                 max(float(pipe.guidance_rescale), 0.0) if guided else 0.0)
 
     def _conditions(self):
-        """Tensors for the engine: dense and float32; it casts them once."""
-        found = {n: t.detach().to(torch.float32).contiguous()
+        """Tensors for the engine: dense, float32 on the CPU, in the UNet's own dtype on a GPU."""
+        wanted = self.pipe.unet.dtype if self.latents.is_cuda else torch.float32
+        found = {n: t.detach().to(wanted).contiguous()
                  for n, t in self.task.conditions(self.values).items()}
         batch = len(self.latents) * (2 if self.guidance[0] > 1 else 1)
         for name, tensor in found.items():

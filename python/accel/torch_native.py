@@ -69,6 +69,7 @@ class Native:
         self.signatures = {m: inspect.signature(getattr(module, m)) for m in calls.methods}
         self.active = 0        # runs without the lock
         self.last_args = None
+        self.keys = {}         # config -> keys of the derived weights of a plan
         self.laid = set()      # the engine's names of parameters that torch_layout moved
         self._forget()
 
@@ -144,6 +145,7 @@ class Native:
             self._unbind()
             self._bind_all()
         elif moved:
+            self.laid_out = False
             for i in moved:
                 self._bind(i)
             self.prompts.clear()
@@ -243,10 +245,12 @@ class Native:
         if self.laid_out or not torch_layout.wanted(self.watch.device) or self.active:
             return
         self.laid_out = True
-        keys = [d["key"] for d in json.loads(self.model.explain(args, True, False))["derived"]]
+        if self.text not in self.keys:  # kept over offloading: the same joins at all sizes
+            plan = json.loads(self.model.explain(args, True, False))
+            self.keys = {self.text: [d["key"] for d in plan["derived"]]}
         parameters = {name: d[key] for name, (_, d, key) in
                       zip(self.names, self.watch.parameters, strict=True)}
-        self.laid |= torch_layout.lay_out(keys, parameters)
+        self.laid |= torch_layout.lay_out(self.keys[self.text], parameters)
         for i in self.watch.moved():
             self._bind(i)
         self.prompts.clear()
@@ -399,7 +403,7 @@ class Native:
             if device.type == "cuda":
                 request.args["compute"] = self.compute
                 stream = torch.cuda.current_stream(device).cuda_stream
-                self._lay_out(request.args)
+            self._lay_out(request.args)
             self._check_sources()
             token = self._token(request.prompt)
             model = self.model

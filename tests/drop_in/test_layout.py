@@ -1,0 +1,240 @@
+"""Parameters laid out for a GPU, on the CPU: there the engine copies all the same, but everything
+that PyTorch sees is as it would be."""
+
+import copy
+
+import diffusers
+import pytest
+import safetensors.torch
+import torch
+from dropin import call, close, draw, inputs, loop_ran, module, pipeline, ran
+
+import accel
+from accel import torch_layout
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch):
+    monkeypatch.setattr(torch_layout, "ON_CPU", [True])
+
+
+def laid(kind="unet", which="sd"):
+    """A plain module, and one that was laid out by a call."""
+    plain, fast = module(kind, which), accel.compile(module(kind, which))
+    args, named = inputs(kind, which)
+    with ran(fast, native=1):
+        a = call(fast, kind, args, named)
+    assert close(a, call(plain, kind, args, named))
+    return plain, fast
+
+
+def joined(m):
+    """Parameters that are views of a larger tensor, and those in channels_last."""
+    ps = dict(m.named_parameters())
+    return ({n for n, p in ps.items() if p.untyped_storage().nbytes() > p.nbytes},
+            {n for n, p in ps.items() if not p.is_contiguous()})
+
+
+def again(plain, fast, kind="unet", which="sd"):
+    args, named = inputs(kind, which, seed=4)
+    with ran(fast, native=1):
+        a = call(fast, kind, args, named)
+    assert close(a, call(plain, kind, args, named))
+    return a
+
+
+def test_what_moves():
+    plain, fast = laid()
+    views, permuted = joined(fast)
+    block = "mid_block.attentions.0.transformer_blocks.0"
+    assert {f"{block}.attn1.to_{x}.weight" for x in "qkv"} <= views
+    assert {f"{block}.attn2.to_{x}.weight" for x in "kv"} <= views
+    assert {"mid_block.resnets.0.time_emb_proj.weight",
+            "mid_block.resnets.0.time_emb_proj.bias"} <= views
+    assert "conv_in.weight" in permuted and "mid_block.resnets.0.conv1.weight" in permuted
+    q, k, v = (fast.get_parameter(f"{block}.attn1.to_{x}.weight") for x in "qkv")
+    assert k.data_ptr() == q.data_ptr() + q.nbytes and v.data_ptr() == k.data_ptr() + k.nbytes
+    for name, p in fast.named_parameters():
+        assert type(p) is torch.nn.Parameter and torch.equal(p, plain.get_parameter(name)), name
+    # another size asks for nothing more
+    before = {n: p.data_ptr() for n, p in fast.named_parameters()}
+    args, _ = inputs("unet", batch=3, size=16, tokens=9)
+    with ran(fast, native=1):
+        a = call(fast, "unet", args)
+    assert close(a, call(plain, "unet", args))
+    assert before == {n: p.data_ptr() for n, p in fast.named_parameters()}
+
+
+@pytest.mark.parametrize(("kind", "which"), [("vae", "sd"), ("text_encoder", "sd"),
+                                             ("unet", "sdxl"), ("text_encoder_2", "sdxl")])
+def test_every_kind(kind, which):
+    plain, fast = laid(kind, which)
+    assert any(joined(fast))
+    again(plain, fast, kind, which)
+
+
+def test_decompile_gives_separate_contiguous_parameters():
+    plain, fast = laid()
+    ids = {n: id(p) for n, p in fast.named_parameters()}
+    accel.decompile(fast)
+    assert joined(fast) == (set(), set())
+    assert ids == {n: id(p) for n, p in fast.named_parameters()}
+    for name, p in fast.named_parameters():
+        assert torch.equal(p, plain.get_parameter(name)), name
+
+
+def test_what_was_channels_last_stays_so():
+    fast = module("unet").to(memory_format=torch.channels_last)
+    before = {n: (p.data_ptr(), p.stride()) for n, p in fast.named_parameters() if p.ndim == 4}
+    accel.compile(fast)
+    call(fast, "unet", inputs("unet")[0])
+    accel.decompile(fast)
+    assert before == {n: (p.data_ptr(), p.stride()) for n, p in fast.named_parameters()
+                      if p.ndim == 4}
+
+
+def test_state_dict_and_loading_in_place():
+    plain, fast = laid()
+    state = {n: t.clone() * 1.25 for n, t in fast.state_dict().items()}
+    assert list(state) == list(plain.state_dict())
+    before = {n: p.data_ptr() for n, p in fast.named_parameters()}
+    a = again(plain, fast)
+    for m in (plain, fast):
+        m.load_state_dict(state)
+    assert before == {n: p.data_ptr() for n, p in fast.named_parameters()}
+    assert not close(again(plain, fast), a)
+    with torch.no_grad():
+        for m in (plain, fast):
+            m.mid_block.attentions[0].transformer_blocks[0].attn1.to_k.weight.mul_(3)
+            m.conv_in.weight.add_(0.1)
+    again(plain, fast)
+
+
+def test_assigning_a_state_dict():
+    plain, fast = laid()
+    state = {n: t.clone() * 1.25 for n, t in plain.state_dict().items()}
+    for m in (plain, fast):
+        m.load_state_dict(copy.deepcopy(state), assign=True)
+    again(plain, fast)
+    assert all(joined(fast))
+
+
+@pytest.mark.parametrize("shards", [None, "40KB"])
+def test_saving(tmp_path, shards):
+    plain, fast = laid()
+    options = {} if shards is None else {"max_shard_size": shards}
+    for m, name in ((plain, "plain"), (fast, "fast")):
+        m.save_pretrained(tmp_path / name, **options)
+    loaded = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "fast")
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, plain.get_parameter(name)) and p.is_contiguous(), name
+    sizes = [sum(f.stat().st_size for f in (tmp_path / n).glob("*.safetensors"))
+             for n in ("plain", "fast")]
+    assert abs(sizes[0] - sizes[1]) < 0.1 * sizes[0]
+    torch.save(fast.state_dict(), tmp_path / "state.pt")
+    again_ = torch.load(tmp_path / "state.pt")
+    assert all(torch.equal(t, plain.state_dict()[n]) for n, t in again_.items())
+    accel.decompile(fast)
+    safetensors.torch.save_file(fast.state_dict(), tmp_path / "x.safetensors")
+
+
+def test_copies():
+    plain, fast = laid()
+    other = copy.deepcopy(fast)
+    assert "_accel" not in other.__dict__
+    args, _ = inputs("unet")
+    assert close(call(other, "unet", args), call(plain, "unet", args), 1e-5)
+    with torch.no_grad():
+        other.conv_in.weight.zero_()
+        other.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.zero_()
+    again(plain, fast)
+
+
+def test_moving():
+    plain, fast = laid()
+    fast.to(torch.float64).to(torch.float32)
+    plain.to(torch.float64).to(torch.float32)
+    again(plain, fast)
+    fast.to(memory_format=torch.contiguous_format)
+    again(plain, fast)
+    for m in (plain, fast):
+        m.to(torch.bfloat16)
+    args, named = inputs("unet", dtype=torch.bfloat16)
+    with ran(fast, native=1):
+        a = call(fast, "unet", args, named)
+    assert close(a, call(plain, "unet", args, named), 0.05)
+    accel.decompile(fast)
+    assert joined(fast) == (set(), set())
+
+
+def test_training_goes_on_after_decompile():
+    """Gradients and an optimizer's steps over parameters that had been laid out."""
+    plain, fast = laid()
+    accel.decompile(fast)
+    losses = []
+    with torch.enable_grad():
+        for m in (plain, fast):
+            optimizer = torch.optim.SGD(m.parameters(), lr=1e-3)
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss = call(m, "unet", inputs("unet")[0]).square().mean()
+                loss.backward()
+                optimizer.step()
+            losses.append(float(loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_gradients_while_compiled():
+    plain, fast = laid()
+    grads = []
+    with torch.enable_grad():
+        for m in (plain, fast):
+            args = list(inputs("unet")[0])
+            args[0] = args[0].requires_grad_()
+            m(*args).sample.square().mean().backward()
+            grads.append({n: p.grad for n, p in m.named_parameters()})
+    for name, g in grads[0].items():
+        assert close(grads[1][name], g, 1e-4), name
+
+
+def test_lora(tmp_path):
+    from peft import LoraConfig
+
+    plain, fast = laid()
+    a = again(plain, fast)
+    for m in (plain, fast):
+        torch.manual_seed(0)
+        m.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    args, _ = inputs("unet")
+    with ran(fast, native=0, fallbacks=1, reason="adapter"):
+        b = call(fast, "unet", args)
+    assert close(b, call(plain, "unet", args), 1e-5)
+    for m in (plain, fast):
+        m.fuse_lora()
+        m.unload_lora()
+    assert not close(again(plain, fast), a)
+
+
+def test_a_pipeline(sd_folder):
+    plain, fast = pipeline(sd_folder), accel.compile(pipeline(sd_folder))
+    with loop_ran(fast):
+        a = draw(fast)
+    assert abs(a - draw(plain)).max() < 3e-5
+    assert any(joined(fast.unet)) and any(joined(fast.vae))
+    accel.decompile(fast)
+    for name in ("unet", "vae", "text_encoder"):
+        assert joined(getattr(fast, name)) == (set(), set())
+
+
+def test_tied_parameters_are_left_alone():
+    plain, fast = module("unet"), accel.compile(module("unet"))
+    for m in (plain, fast):
+        attn = m.mid_block.attentions[0].transformer_blocks[0].attn1
+        attn.to_k.weight = attn.to_q.weight
+    args, _ = inputs("unet")
+    with ran(fast, native=1):
+        a = call(fast, "unet", args)
+    assert close(a, call(plain, "unet", args))
+    attn = fast.mid_block.attentions[0].transformer_blocks[0].attn1
+    assert attn.to_k.weight is attn.to_q.weight
+    again(plain, fast)
