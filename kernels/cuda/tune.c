@@ -69,8 +69,8 @@ parse(char *line, entry *e)
     }
     *way++ = *time++ = '\0';
     memset(e, 0, sizeof *e);
-    snprintf(e->key, sizeof e->key, "%s", line);
-    snprintf(e->way, sizeof e->way, "%s", way);
+    memcpy(e->key, line, (size_t)(way - line)); /* with its end */
+    memcpy(e->way, way, (size_t)(time - way));
     e->microseconds = strtod(time, &end);
     return *e->key && *e->way && end != time && *end == '\n' && isfinite(e->microseconds);
 }

@@ -4,6 +4,7 @@
  *     test_kernels [--backend cpu] [--op linear] [--isa base|avx2|avx512] [--bench] [--seed n]
  *                  [--all]      real shapes too, sampled (default: those under 1 GFLOP)
  *                  [--quick]    own kernels, small shapes and random inputs: for slow checkers
+ *                  [--kernel text]  those whose name has it
  *                  [--keep-going]  to the next case after a mismatch
  *                  [--dtype f32|f16|bf16]  of operands and results (GPU)
  *
@@ -18,7 +19,7 @@
 #include "../../csrc/backend_cuda.h"
 
 typedef struct options {
-    const char *op, *backend;
+    const char *op, *backend, *kernel;
     int32_t isa; /* -1: all that the machine has */
     uint64_t seed;
     ac_dtype dtype;
@@ -416,7 +417,7 @@ check_setup(const ac_backend *backend, void *self, const ac_caps *caps, const se
     for (const ac_kernel *const *k = backend->kernels; *k; k++) {
         bool plain = cpu && *k == plain_kernel(s->c->op);
         const ac_kernel *tested = *k;
-        if (tested->op != s->c->op || (plain && (s->c->real || s->family != RANDOM)) ||
+        if (tested->op != s->c->op || !strstr(tested->name, o->kernel) || (plain && (s->c->real || s->family != RANDOM)) ||
             (o->quick && (strstr(tested->name, "cublas") || strstr(tested->name, "cudnn")))) {
             continue;
         }
@@ -466,7 +467,7 @@ check_case_families(const ac_backend *backend, void *self, const ac_caps *caps,
 static options
 parse_options(int argc, char **argv)
 {
-    options o = {.op = "", .backend = "cpu", .isa = -1, .seed = 1};
+    options o = {.op = "", .kernel = "", .backend = "cpu", .isa = -1, .seed = 1};
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : "";
         if (strcmp(argv[i], "--bench") == 0) {
@@ -484,6 +485,9 @@ parse_options(int argc, char **argv)
             i++;
         } else if (strcmp(argv[i], "--op") == 0) {
             o.op = value;
+            i++;
+        } else if (strcmp(argv[i], "--kernel") == 0) {
+            o.kernel = value;
             i++;
         } else if (strcmp(argv[i], "--backend") == 0) {
             o.backend = value;
