@@ -10,7 +10,7 @@
 #include "kernel.h"
 #include "sampler.h"
 
-#define AC_ABI 3 /* of ac_backend and everything it reaches; another number is refused */
+#define AC_ABI 4 /* of ac_backend and everything it reaches; another number is refused */
 
 typedef struct ac_host {
     uint32_t abi;
@@ -102,6 +102,8 @@ typedef struct ac_device {
 
 /* "cpu", "null", "cuda", "cuda:1".  Refcounted; the same name gives the same device. */
 ac_status ac_device_open(const char *name, ac_device **out);
+/* Another backend under its own name, for tests; before its first device is opened. */
+void ac_device_add_backend(const ac_backend *backend);
 ac_device *ac_device_ref(ac_device *device);
 void ac_device_unref(ac_device *device);
 

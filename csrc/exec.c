@@ -305,8 +305,8 @@ run_on(ac_exec *e, ac_device_lane *lane, const ac_run *run)
     if (plan->keep_bytes && !e->keep) {
         AC_TRY(device->backend->alloc(device->self, plan->keep_bytes, &e->keep));
     }
-    AC_TRY(ac_exec_derive(e, lane));
     AC_TRY(ac_exec_place_edges(e, run));
+    AC_TRY(ac_exec_derive(e, lane)); /* last: its own failure frees what it made */
     ac_rate start = e->ran ? AC_MAX(run->from, AC_RATE_PROMPT) : AC_RATE_PROMPT;
     e->ran = false;
     AC_TRY(ac_exec_copy_in(e, lane, start));

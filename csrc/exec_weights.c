@@ -330,13 +330,72 @@ make_prepared(ac_exec *e, ac_device_lane *lane, int32_t i)
     return AC_OK;
 }
 
+/* ---- derived weights that are there already -------------------------------------------------- */
+
+/* Whole weights joined by rows, which lie one behind the other: the first one's memory. */
+static void *
+joined_in_place(const ac_exec *e, ac_val value)
+{
+    const ac_node *node = ac_producer(e->plan->graph, value);
+    char *start = NULL, *end = NULL;
+    if (!node || node->op != AC_OP_CONCAT || node->attr.axis.axis != 0) {
+        return NULL;
+    }
+    for (int32_t k = 0; k < node->n_inputs; k++) {
+        ac_val v = node->input[k];
+        const ac_tensor *t = &e->bound[v];
+        if (e->plan->graph->values[v].kind != AC_VALUE_WEIGHT || e->on_host[v] ||
+            !ac_tensor_is_contiguous(t) || (end && (char *)t->data != end)) {
+            return NULL;
+        }
+        start = start ? start : t->data;
+        end = (char *)t->data + ac_tensor_bytes(t);
+    }
+    return start;
+}
+
+static void *
+prepared_in_place(const ac_exec *e, const ac_step *step)
+{
+    ac_ref from = step->input[AC_LINEAR_W];
+    if (!step->kernel->form || strcmp(step->kernel->form, AC_FORM_OHWI) != 0 ||
+        from.space != AC_SPACE_WEIGHT || from.offset || e->on_host[from.index]) {
+        return NULL;
+    }
+    const ac_tensor *t = &e->bound[from.index];
+    const int64_t *dim = t->shape.dim, *stride = t->stride;
+    bool fits = t->shape.rank == 4 && stride[1] == 1 && stride[3] == dim[1] &&
+                stride[2] == dim[3] * dim[1] && stride[0] == dim[2] * dim[3] * dim[1];
+    return fits ? t->data : NULL;
+}
+
+/* Who laid the sources out so keeps them so, or binds them anew. */
+static bool
+borrow(ac_exec *e, int32_t i)
+{
+    const ac_plan_derived *want = &e->plan->derived[i];
+    if (ac_exec_on_host(e)) {
+        return false;
+    }
+    void *at = want->prepare ? prepared_in_place(e, want->prepare)
+                             : joined_in_place(e, want->value);
+    if (at) {
+        release_derived(e, e->derived[i]);
+        e->derived[i]->data = at;
+        e->derived[i]->borrowed = true;
+    }
+    return at != NULL;
+}
+
 static ac_status
 make(ac_exec *e, ac_device_lane *lane, int32_t i)
 {
     ac_derived *d = e->derived[i];
     /* Before the sources are read: what changes while they are shows at the next check. */
     d->checksum = ac_weights_checksum(e->weights, d->source, d->n_sources);
-    AC_TRY(e->plan->derived[i].prepare ? make_prepared(e, lane, i) : make_value(e, lane, i));
+    if (!borrow(e, i)) {
+        AC_TRY(e->plan->derived[i].prepare ? make_prepared(e, lane, i) : make_value(e, lane, i));
+    }
     d->valid = true;
     return AC_OK;
 }

@@ -39,6 +39,8 @@ typedef struct ac_caps {
 
 enum { AC_ISA_BASE, AC_ISA_AVX2, AC_ISA_AVX512 };
 
+#define AC_FORM_OHWI "ohwi"
+
 typedef struct ac_kernel {
     const char *name; /* "cpu.group_norm.plain" */
     ac_op op;
@@ -51,6 +53,11 @@ typedef struct ac_kernel {
      * result is a derived weight, shared by all plans and remade when its sources change. */
     size_t (*prepared_bytes)(const ac_problem *p, const ac_caps *caps);
     ac_status (*prepare)(ac_lane *lane, const ac_problem *p, void *prepared);
+    /* Name of that form where several kernels have it in common; NULL: this kernel's own.
+     * AC_FORM_OHWI: [o, i, h, w] in the order o, h, w, i, so that a weight of these strides
+     * (PyTorch: channels_last) serves as it is.  A launch reads the prepared form, never the
+     * weight. */
+    const char *form;
     ac_status (*launch)(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared);
 } ac_kernel;
 

@@ -473,6 +473,7 @@ ac_model_drop_plans(ac_model *m)
     ac_lock(&m->lock);
     drop_idle(m);
     ac_unlock(&m->lock);
+    ac_device_trim(m->device);
 }
 
 /* ---- looking in ------------------------------------------------------------------------------ */

@@ -54,7 +54,8 @@ typedef struct ac_model_stats {
 void ac_model_get_stats(ac_model *model, ac_model_stats *out);
 
 /* Weights were re-bound to another dtype or moved: plans that do not fit are dropped by
- * themselves; this drops everything now (offload). */
+ * themselves; this drops everything now, with the arenas that models of the device share (offload).
+ */
 void ac_model_drop_plans(ac_model *model);
 
 #endif

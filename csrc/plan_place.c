@@ -83,12 +83,15 @@ add_derived(ac_planner *p, ac_val v, const ac_step *prepare, size_t bytes, int32
 {
     ac_plan *plan = p->plan;
     ac_text text = {0};
-    if (prepare) {
+    if (prepare && prepare->kernel->form) {
+        ac_text_printf(&text, "%s(", prepare->kernel->form);
+    } else if (prepare) {
         ac_text_printf(&text, "%s{", prepare->kernel->name);
         ac_op_attr_text(prepare->problem.op, &prepare->problem.attr, &text);
-        ac_text_printf(&text, "}");
+        ac_text_printf(&text, "}(");
     }
     expression(p->g, v, &text);
+    ac_text_printf(&text, prepare ? ")" : "");
     char *key = ac_text_take(&text);
     int32_t count = 0;
     each_source(p->g, v, NULL, &count);

@@ -540,9 +540,9 @@ static PyGetSetDef rng_getset[] = {
 
 static PyType_Slot rng_slots[] = {
     {Py_tp_doc, "Rng(seed, *, processors=0, threads=0)\n--\n\nPyTorch's CPU generator: the same "
-                "stream, the same normals.\nWith a GPU's multiprocessors and the threads that each runs at "
-                "once (H200: 132, 2048):\nthe normals and the state of PyTorch's CUDA generator "
-                "there."},
+                "stream, the same normals.\nWith a GPU's multiprocessors and the threads that each "
+                "runs at once (H200: 132, 2048):\nthe normals and the state of PyTorch's CUDA "
+                "generator there."},
     {Py_tp_new, rng_new},
     {Py_tp_dealloc, release_type},
     {Py_tp_methods, rng_methods},

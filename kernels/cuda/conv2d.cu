@@ -113,8 +113,9 @@ launch_mma(ac_lane *lane, const ac_problem *p, void *, const void *prepared)
         .name = text ".mma",                                                                       \
         .op = OP,                                                                                  \
         .supports = supports_mma,                                                                  \
-        .prepared_bytes = ac_conv_prepared_bytes,                                                       \
-        .prepare = ac_conv_prepare,                                                                        \
+        .prepared_bytes = ac_conv_prepared_bytes,                                                  \
+        .prepare = ac_conv_prepare,                                                                \
+        .form = AC_FORM_OHWI,                                                                      \
         .launch = launch_mma,                                                                      \
     };                                                                                             \
     extern "C" const ac_kernel symbol##_plain = {                                                  \

@@ -5,7 +5,8 @@
  * The order decides the kernel: this one reaches the precompiled ones for Hopper (engine 41), while
  * bias before residual, or an activation after them, means one that is compiled at run time and 20
  * to 40 % slower.  So activations are left to gemm_mma.cu, and tensors with gaps, which would cost
- * a copy; tune.c compares with it where both can.  Beyond 2^31 elements the images go in several parts. */
+ * a copy; tune.c compares with it where both can.  Beyond 2^31 elements the images go in several
+ * parts. */
 #include "dnn.h"
 #include "gemm.h"
 #include "list.h"
@@ -247,5 +248,6 @@ const ac_kernel ac_cuda_conv2d_cudnn = {
     .scratch = scratch_bytes,
     .prepared_bytes = ac_conv_prepared_bytes,
     .prepare = ac_conv_prepare,
+    .form = AC_FORM_OHWI,
     .launch = launch,
 };

@@ -1,0 +1,524 @@
+/* far_device: a backend for tests whose memory the engine must not touch: "far".  It computes with
+ * the CPU's kernels, but like a GPU it has streams, records launches, and wants uploads.
+ *
+ * Every launch checks that all its operands lie in memory that the backend gave out and has not
+ * taken back, so a host address or a stale one fails the test at once.  Convolutions prepare their
+ * weights, and read the prepared form alone. */
+#ifndef AC_TEST_FAR_DEVICE_H
+#define AC_TEST_FAR_DEVICE_H
+
+#include "../../csrc/denoise.h"
+#include "test.h"
+
+#include <stdlib.h>
+
+enum { FAR_BLOCKS = 8192, FAR_LAUNCHES = 16384 };
+
+typedef struct far_lane {
+    ac_lane *cpu;
+    void *stream;            /* where work goes; NULL: own */
+    bool marked;
+    ac_recording *recording; /* being made */
+} far_lane;
+
+/* One launch of a kernel, or one phase of a sampler, or one copy. */
+typedef struct far_launch {
+    const ac_kernel *kernel;
+    ac_problem problem;
+    ac_tensor input[12];
+    void *scratch;
+    const void *prepared;
+    ac_sampler_job job;
+    ac_sampler_phase phase;
+    void *to;
+    const void *from;
+    size_t bytes;
+} far_launch;
+
+struct ac_recording {
+    int32_t count;
+    far_launch launch[FAR_LAUNCHES];
+};
+
+struct ac_event {
+    bool recorded;
+};
+
+/* What the tests look at and set. */
+static struct {
+    char *start[FAR_BLOCKS];
+    size_t size[FAR_BLOCKS];
+    int32_t blocks;
+    size_t live, most;       /* bytes */
+    int64_t fail_at;         /* the n-th allocation from now fails; 0: none */
+    bool fail_recording;
+    int64_t allocations, launches, uploads, replays, follows, waits, syncs, events;
+    size_t uploaded;         /* bytes */
+    int32_t recordings;      /* alive */
+} far;
+
+static int32_t
+far_find(const void *address)
+{
+    for (int32_t i = 0; i < far.blocks; i++) {
+        if ((const char *)address >= far.start[i] &&
+            (const char *)address < far.start[i] + far.size[i]) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+static void
+far_check(const void *address, size_t bytes)
+{
+    int32_t i = far_find(address);
+    CHECK(i >= 0);
+    CHECK(bytes <= (size_t)(far.start[i] + far.size[i] - (const char *)address));
+}
+
+/* ---- memory ---------------------------------------------------------------------------------- */
+
+static ac_status
+far_alloc(void *self, size_t bytes, void **out)
+{
+    (void)self;
+    far.allocations++;
+    *out = NULL;
+    if (far.fail_at && --far.fail_at == 0) {
+        return ac_error(AC_E_MEMORY, "far: out of memory: %zu bytes were asked for", bytes);
+    }
+    size_t size = ac_align_up(AC_MAX(bytes, 1), 256);
+    CHECK(far.blocks < FAR_BLOCKS);
+    char *memory = aligned_alloc(256, size);
+    CHECK(memory);
+    memset(memory, 0x7b, size);
+    far.start[far.blocks] = memory;
+    far.size[far.blocks++] = size;
+    far.live += size;
+    far.most = AC_MAX(far.most, far.live);
+    *out = memory;
+    return AC_OK;
+}
+
+static void
+far_free(void *self, void *memory)
+{
+    (void)self;
+    int32_t i = far_find(memory);
+    CHECK(i >= 0 && far.start[i] == memory);
+    far.live -= far.size[i];
+    far.start[i] = far.start[--far.blocks];
+    far.size[i] = far.size[far.blocks];
+    free(memory);
+}
+
+/* ---- launches -------------------------------------------------------------------------------- */
+
+static const ac_kernel *
+far_cpu_kernel(const ac_problem *p)
+{
+    static ac_caps caps;
+    void *self;
+    if (caps.workers == 0) {
+        CHECK_OK(ac_backend_cpu.open(0, &self, &caps));
+    }
+    for (const ac_kernel *const *k = ac_backend_cpu.kernels; *k; k++) {
+        if ((*k)->op == p->op && (*k)->supports(p, &caps)) {
+            return *k;
+        }
+    }
+    return NULL;
+}
+
+static size_t
+far_span(const ac_tensor *t)
+{
+    int64_t last = 0;
+    for (int32_t d = 0; d < t->shape.rank; d++) {
+        last += (t->shape.dim[d] - 1) * t->stride[d];
+    }
+    return (size_t)(last + 1) * ac_dtype_size(t->dtype);
+}
+
+/* The filter of w's shape out of the order o, h, w, i; what w itself holds is not read. */
+static void *
+far_unpack(ac_tensor *w, const void *prepared)
+{
+    const int64_t *d = w->shape.dim;
+    size_t item = ac_dtype_size(w->dtype);
+    char *to = ac_malloc_aligned(ac_tensor_bytes(w));
+    CHECK(to);
+    far_check(prepared, ac_tensor_bytes(w));
+    ac_shape_strides(&w->shape, w->stride);
+    for (int64_t n = 0; n < ac_tensor_count(w); n++) {
+        int64_t i = n % d[1], x = n / d[1] % d[3], y = n / (d[1] * d[3]) % d[2];
+        int64_t o = n / (d[1] * d[3] * d[2]);
+        memcpy(to + (size_t)(((o * d[1] + i) * d[2] + y) * d[3] + x) * item,
+               (const char *)prepared + (size_t)n * item, item);
+    }
+    return to;
+}
+
+static ac_status
+far_execute(far_lane *lane, far_launch *l)
+{
+    if (l->to) {
+        memmove(l->to, l->from, l->bytes);
+        return AC_OK;
+    }
+    if (!l->kernel) {
+        return ac_backend_cpu.sampler(NULL, lane->cpu, &l->job, l->phase);
+    }
+    ac_problem p = l->problem;
+    p.input = l->input;
+    bool own_form = p.op == AC_OP_CONV2D && l->prepared;
+    for (int32_t k = 0; k < p.n_inputs; k++) {
+        if (p.input[k].shape.rank >= 0 && !(own_form && k == AC_CONV_W)) {
+            far_check(p.input[k].data, far_span(&p.input[k]));
+        }
+    }
+    far_check(p.output.data, far_span(&p.output));
+    far.launches++;
+    if (!own_form) {
+        return l->kernel->launch(lane->cpu, &p, l->scratch, NULL);
+    }
+    void *weight = far_unpack(&p.input[AC_CONV_W], l->prepared);
+    p.input[AC_CONV_W].data = weight;
+    ac_status status = l->kernel->launch(lane->cpu, &p, l->scratch, NULL);
+    ac_free_aligned(weight);
+    return status;
+}
+
+static ac_status
+far_add(far_lane *lane, const far_launch *l)
+{
+    if (!lane->recording) {
+        far_launch now = *l;
+        return far_execute(lane, &now);
+    }
+    CHECK(lane->recording->count < FAR_LAUNCHES);
+    lane->recording->launch[lane->recording->count++] = *l;
+    return AC_OK;
+}
+
+static ac_status
+far_run(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared)
+{
+    far_launch l = {.problem = *p, .scratch = scratch, .prepared = prepared};
+    CHECK(p->n_inputs <= (int32_t)AC_ARRAY_LEN(l.input));
+    memcpy(l.input, p->input, (size_t)p->n_inputs * sizeof *l.input);
+    if (p->op == AC_OP_CONV2D && prepared) {
+        ac_shape_strides(&l.input[AC_CONV_W].shape, l.input[AC_CONV_W].stride);
+    }
+    l.problem.input = l.input; /* anew in far_execute, which gets a copy */
+    l.kernel = far_cpu_kernel(&l.problem);
+    CHECK(l.kernel);
+    return far_add((far_lane *)lane, &l);
+}
+
+static bool
+far_supports(const ac_problem *p, const ac_caps *caps)
+{
+    (void)caps;
+    return far_cpu_kernel(p) != NULL;
+}
+
+static size_t
+far_scratch(const ac_problem *p, const ac_caps *caps)
+{
+    const ac_kernel *k = far_cpu_kernel(p);
+    return k->scratch ? k->scratch(p, caps) : 0;
+}
+
+static size_t
+far_worker_scratch(const ac_problem *p, const ac_caps *caps)
+{
+    const ac_kernel *k = far_cpu_kernel(p);
+    return k->worker_scratch ? k->worker_scratch(p, caps) : 0;
+}
+
+static bool
+far_is_1x1(const ac_tensor *w)
+{
+    return w->shape.dim[2] == 1 && w->shape.dim[3] == 1;
+}
+
+static size_t
+far_prepared_bytes(const ac_problem *p, const ac_caps *caps)
+{
+    (void)caps;
+    return far_is_1x1(&p->input[AC_CONV_W]) ? 0 : ac_tensor_bytes(&p->input[AC_CONV_W]);
+}
+
+/* [o, i, h, w] into the order o, h, w, i. */
+static ac_status
+far_prepare(ac_lane *lane, const ac_problem *p, void *prepared)
+{
+    const ac_tensor *w = &p->input[AC_CONV_W];
+    const int64_t *d = w->shape.dim;
+    int64_t at = 0;
+    CHECK(!((far_lane *)lane)->recording);
+    far_check(w->data, far_span(w));
+    far_check(prepared, ac_tensor_bytes(w));
+    for (int64_t o = 0; o < d[0]; o++) {
+        for (int64_t y = 0; y < d[2]; y++) {
+            for (int64_t x = 0; x < d[3]; x++) {
+                for (int64_t i = 0; i < d[1]; i++) {
+                    int64_t from = o * w->stride[0] + i * w->stride[1] + y * w->stride[2] +
+                                   x * w->stride[3];
+                    ac_element_set(prepared, w->dtype, at++, ac_element_get(w->data, w->dtype,
+                                                                            from));
+                }
+            }
+        }
+    }
+    return AC_OK;
+}
+
+#define FAR_KERNEL(text, NAME)                                                                     \
+    &(const ac_kernel)                                                                             \
+    {                                                                                              \
+        .name = "far." text, .op = AC_OP_##NAME, .supports = far_supports,                         \
+        .scratch = far_scratch, .worker_scratch = far_worker_scratch, .launch = far_run,           \
+    }
+
+static const ac_kernel *const far_kernels[] = {
+    &(const ac_kernel){.name = "far.conv2d", .op = AC_OP_CONV2D, .supports = far_supports,
+                       .scratch = far_scratch, .worker_scratch = far_worker_scratch,
+                       .prepared_bytes = far_prepared_bytes, .prepare = far_prepare,
+                       .form = AC_FORM_OHWI, .launch = far_run},
+#define ROW_0(name, NAME) FAR_KERNEL(name, NAME),
+#define ROW_1(name, NAME)
+#define X(NAME, name, view, operands, meaning) ROW_##view(#name, NAME)
+#include "../../csrc/ops.def"
+#undef X
+    NULL,
+};
+
+static ac_status
+far_sampler(void *self, ac_lane *lane, const ac_sampler_job *job, ac_sampler_phase phase)
+{
+    (void)self;
+    far_check(job->state, sizeof *job->state);
+    far_check(job->rows, sizeof *job->rows);
+    far_check(job->sample, 1);
+    far_check(job->output, 1);
+    far_check(job->latents, 1);
+    for (int i = 0; i < AC_SCHED_REGISTERS; i++) {
+        far_check(job->registers[i], (size_t)(job->images * job->per_image) * sizeof(float));
+    }
+    far_launch l = {.job = *job, .phase = phase};
+    return far_add((far_lane *)lane, &l);
+}
+
+/* ---- copies ---------------------------------------------------------------------------------- */
+
+static ac_status
+far_upload(void *self, ac_lane *lane, void *to, const void *from, size_t bytes)
+{
+    (void)self;
+    CHECK(!((far_lane *)lane)->recording);
+    far_check(to, bytes);
+    CHECK(far_find(from) < 0);
+    memcpy(to, from, bytes);
+    far.uploads++;
+    far.uploaded += bytes;
+    return AC_OK;
+}
+
+static ac_status
+far_download(void *self, ac_lane *lane, void *to, const void *from, size_t bytes)
+{
+    (void)self;
+    CHECK(!((far_lane *)lane)->recording);
+    far_check(from, bytes);
+    CHECK(far_find(to) < 0);
+    memcpy(to, from, bytes);
+    return AC_OK;
+}
+
+static ac_status
+far_copy(void *self, ac_lane *lane, void *to, const void *from, size_t bytes)
+{
+    (void)self;
+    far_check(to, bytes);
+    far_check(from, bytes);
+    return far_add((far_lane *)lane, &(far_launch){.to = to, .from = from, .bytes = bytes});
+}
+
+/* ---- lanes ----------------------------------------------------------------------------------- */
+
+static ac_status
+far_open(int32_t index, void **self, ac_caps *caps)
+{
+    return ac_backend_cpu.open(index, self, caps);
+}
+
+static void
+far_close(void *self)
+{
+    (void)self;
+}
+
+static ac_status
+far_lane_open(void *self, ac_lane **out)
+{
+    far_lane *lane = calloc(1, sizeof *lane);
+    CHECK(lane);
+    CHECK_OK(ac_backend_cpu.lane_open(self, &lane->cpu));
+    *out = (ac_lane *)lane;
+    return AC_OK;
+}
+
+static void
+far_lane_close(void *self, ac_lane *lane)
+{
+    ac_backend_cpu.lane_close(self, ((far_lane *)lane)->cpu);
+    free(lane);
+}
+
+static ac_status
+far_lane_reserve(void *self, ac_lane *lane, size_t worker_scratch)
+{
+    return ac_backend_cpu.lane_reserve(self, ((far_lane *)lane)->cpu, worker_scratch);
+}
+
+static ac_status
+far_sync(void *self, ac_lane *lane)
+{
+    (void)self;
+    CHECK(!((far_lane *)lane)->recording);
+    far.syncs++;
+    return AC_OK;
+}
+
+static ac_status
+far_lane_follow(void *self, ac_lane *lane, ac_stream stream)
+{
+    far_lane *l = (far_lane *)lane;
+    void *wanted = stream.given ? stream.handle : NULL;
+    (void)self;
+    far.follows++;
+    if (wanted != l->stream && l->marked) {
+        far.waits++;
+    }
+    l->stream = wanted;
+    return AC_OK;
+}
+
+static ac_status
+far_lane_mark(void *self, ac_lane *lane)
+{
+    (void)self;
+    ((far_lane *)lane)->marked = true;
+    return AC_OK;
+}
+
+static ac_status
+far_lane_wait(void *self, ac_lane *lane, const ac_lane *other)
+{
+    (void)self;
+    CHECK(lane != other);
+    far.waits++;
+    return AC_OK;
+}
+
+static ac_status
+far_event_new(void *self, ac_event **out)
+{
+    (void)self;
+    *out = calloc(1, sizeof **out);
+    CHECK(*out);
+    far.events++;
+    return AC_OK;
+}
+
+static void
+far_event_free(void *self, ac_event *event)
+{
+    (void)self;
+    far.events -= event != NULL;
+    free(event);
+}
+
+static ac_status
+far_event_record(void *self, ac_lane *lane, ac_event *event)
+{
+    (void)self;
+    (void)lane;
+    event->recorded = true;
+    return AC_OK;
+}
+
+static ac_status
+far_event_wait(void *self, ac_event *event)
+{
+    (void)self;
+    CHECK(event->recorded);
+    return AC_OK;
+}
+
+/* ---- recording ------------------------------------------------------------------------------- */
+
+static ac_status
+far_record_begin(void *self, ac_lane *lane)
+{
+    far_lane *l = (far_lane *)lane;
+    (void)self;
+    CHECK(!l->recording);
+    l->recording = calloc(1, sizeof *l->recording);
+    CHECK(l->recording);
+    return AC_OK;
+}
+
+static ac_status
+far_record_end(void *self, ac_lane *lane, ac_recording **out)
+{
+    far_lane *l = (far_lane *)lane;
+    (void)self;
+    CHECK(l->recording);
+    *out = l->recording;
+    l->recording = NULL;
+    if (far.fail_recording) {
+        free(*out);
+        *out = NULL;
+        return ac_error(AC_E_DEVICE, "far: this launch cannot be recorded");
+    }
+    far.recordings++;
+    return AC_OK;
+}
+
+static ac_status
+far_replay(void *self, ac_lane *lane, ac_recording *recording)
+{
+    (void)self;
+    CHECK(!((far_lane *)lane)->recording);
+    far.replays++;
+    for (int32_t i = 0; i < recording->count; i++) {
+        far_launch l = recording->launch[i];
+        AC_TRY(far_execute((far_lane *)lane, &l));
+    }
+    return AC_OK;
+}
+
+static void
+far_record_free(void *self, ac_recording *recording)
+{
+    (void)self;
+    far.recordings -= recording != NULL;
+    free(recording);
+}
+
+static const ac_backend far_backend = {
+    .abi = AC_ABI, .name = "far", .kernels = far_kernels, .open = far_open,
+    .close = far_close, .alloc = far_alloc, .free = far_free, .lane_open = far_lane_open,
+    .lane_close = far_lane_close, .lane_reserve = far_lane_reserve, .upload = far_upload,
+    .download = far_download, .copy = far_copy, .sync = far_sync, .lane_follow = far_lane_follow,
+    .lane_mark = far_lane_mark, .lane_wait = far_lane_wait, .event_new = far_event_new,
+    .event_free = far_event_free, .event_record = far_event_record, .event_wait = far_event_wait,
+    .sampler = far_sampler, .record_begin = far_record_begin, .record_end = far_record_end,
+    .replay = far_replay, .record_free = far_record_free,
+};
+
+#endif

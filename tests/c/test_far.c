@@ -1,0 +1,216 @@
+/* test_far: the engine on a device whose memory it must not touch (far_device.h), against the CPU:
+ * uploads, slots, recordings, streams and the loop. */
+#include "far_rig.h"
+
+/* Each sampler, with and without guidance, host and device operands; a second call replays from its
+ * first step on. */
+static void
+loops_agree_with_the_cpu(void)
+{
+    open_both();
+    for (size_t i = 0; i < AC_ARRAY_LEN(schedules); i++) {
+        for (int kind = 0; kind < 4; kind++) {
+            want = (request){.schedule = schedules[i], .guidance = kind ? 3.0 : 1.0,
+                             .rescale = kind == 2 ? 0.7 : 0.0, .ragged = kind == 1};
+            CHECK_OK(denoise(&cpu, &want));
+            for (int call = 0; call < 3; call++) {
+                got = want;
+                got.queue = kind == 3;
+                start_count();
+                CHECK_OK(denoise(&there, &got));
+                same_latents(&got, &want);
+                CHECK(far.replays >= (call ? STEPS : STEPS - 1) || call == 0);
+                CHECK(call == 0 || far.uploads <= 5);
+            }
+        }
+    }
+    close_both();
+}
+
+/* ---- callbacks ------------------------------------------------------------------------------- */
+
+static ac_status
+add_in_place(void *arg, int32_t index, double timestep, float *latents)
+{
+    (void)arg;
+    (void)timestep;
+    for (int64_t i = 0; index == 1 && i < COUNT; i++) {
+        latents[i] += 0.25f;
+    }
+    return 0;
+}
+
+static ac_status
+stop_early(void *arg, int32_t index, double timestep, float *latents)
+{
+    (void)arg;
+    (void)timestep;
+    latents[0] += 1.0f;
+    return index == 2;
+}
+
+static ac_status
+raise_early(void *arg, int32_t index, double timestep, float *latents)
+{
+    (void)arg;
+    (void)timestep;
+    (void)latents;
+    return index == 2 ? ac_error(AC_E_CANCELLED, "the callback raised") : 0;
+}
+
+static void
+callbacks_see_and_change_latents(void)
+{
+    static const ac_step_fn callbacks[] = {add_in_place, stop_early, raise_early};
+    open_both();
+    for (size_t i = 0; i < AC_ARRAY_LEN(callbacks); i++) {
+        for (int there_too = 0; there_too < 2; there_too++) {
+            want = (request){.schedule = schedules[4], .guidance = 2.0, .callback = callbacks[i]};
+            got = want;
+            got.queue = there_too;
+            ac_status status = denoise(&cpu, &want);
+            CHECK_INT(denoise(&there, &got), status);
+            same_latents(&got, &want);
+        }
+    }
+    close_both();
+}
+
+/* ---- recording ------------------------------------------------------------------------------- */
+
+static void
+a_device_that_cannot_record_launches(void)
+{
+    open_both();
+    want = (request){.schedule = schedules[3], .guidance = 2.0};
+    CHECK_OK(denoise(&cpu, &want));
+    far.fail_recording = true;
+    for (int call = 0; call < 2; call++) {
+        got = want;
+        start_count();
+        CHECK_OK(denoise(&there, &got));
+        same_latents(&got, &want);
+        CHECK_INT(far.replays, 0);
+    }
+    far.fail_recording = false;
+    close_both();
+}
+
+static void
+recording_is_switched_off(void)
+{
+    open_both();
+    want = (request){.schedule = schedules[3], .guidance = 2.0};
+    CHECK_OK(denoise(&cpu, &want));
+    setenv("ACCEL_GRAPH", "off", 1);
+    got = want;
+    start_count();
+    CHECK_OK(denoise(&there, &got));
+    unsetenv("ACCEL_GRAPH");
+    CHECK_INT(far.replays, 0);
+    same_latents(&got, &want);
+    close_both();
+}
+
+static const char *const attention = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+                                     ".weight";
+
+/* In place, with a check of the checksums, and by another binding. */
+static void
+changed_weights_are_read(void)
+{
+    static float other[1 << 12];
+    open_both();
+    for (int round = 0; round < 3; round++) {
+        rig *both[] = {&cpu, &there};
+        for (int k = 0; round && k < 2; k++) {
+            const ac_tensor *t = ac_weights_find(both[k]->weights, attention);
+            if (round == 1) {
+                ((float *)t->data)[3] += 1.0f;
+                CHECK(ac_weights_check(both[k]->weights) > 0);
+            } else {
+                ac_tensor moved = *t;
+                CHECK(ac_tensor_count(t) <= (int64_t)AC_ARRAY_LEN(other));
+                fill(other, ac_tensor_count(t), 77);
+                moved.data = other;
+                CHECK_OK(ac_weights_set(both[k]->weights, attention, &moved, NULL, NULL));
+            }
+        }
+        want = got;
+        want = (request){.schedule = schedules[3], .guidance = 2.0};
+        CHECK_OK(denoise(&cpu, &want));
+        got.generator = 0;
+        request before = got;
+        got = want;
+        start_count();
+        CHECK_OK(denoise(&there, &got));
+        CHECK(far.replays > 0);
+        same_latents(&got, &want);
+        CHECK(round == 0 || memcmp(before.latents, got.latents, sizeof got.latents) != 0);
+    }
+    close_both();
+}
+
+/* ---- one run --------------------------------------------------------------------------------- */
+
+static void
+calls_agree_wherever_operands_are(void)
+{
+    static float expected[COUNT], found[COUNT];
+    open_both();
+    CHECK_OK(call(&cpu, SIZE, (ac_stream){0}, true, expected));
+    for (int run = 0; run < 8; run++) {
+        memset(found, 0, sizeof found);
+        start_count();
+        ac_stream stream = {run >= 4, (void *)(uintptr_t)(run / 2)};
+        CHECK_OK(call(&there, SIZE, stream, run % 2, found));
+        CHECK(memcmp(expected, found, sizeof found) == 0);
+        CHECK(run < 2 || far.replays == 1);
+        CHECK_INT(far.follows, 1);
+        CHECK_INT(far.waits, run == 4 || run == 6); /* another stream than before */
+    }
+    close_both();
+}
+
+static void
+strided_inputs_are_packed(void)
+{
+    static float x[COUNT], spaced[2 * COUNT], expected[COUNT], found[COUNT];
+    float timestep = 400.0f;
+    open_both();
+    CHECK_OK(call(&cpu, SIZE, (ac_stream){0}, true, expected));
+    fill(x, COUNT, 3);
+    ac_exec *exec;
+    ac_build_args args = {.entry = "forward", .batch = IMAGES, .height = SIZE, .width = SIZE,
+                          .tokens = TOKENS, .timesteps = 1};
+    ac_tensor sample = ac_tensor_of(spaced, AC_F32, AC_SHAPE(IMAGES, CHANNELS, SIZE, SIZE));
+    ac_tensor times = ac_tensor_of(&timestep, AC_F32, AC_SHAPE(1));
+    ac_tensor prompt = ac_tensor_of(states, AC_F32, AC_SHAPE(IMAGES, TOKENS, 8));
+    ac_tensor result = ac_tensor_of(found, AC_F32, sample.shape);
+    for (int run = 0; run < 6; run++) {
+        int64_t step = run % 2 ? 2 : 1; /* gaps, or channels_last */
+        int64_t stride[4] = {CHANNELS * SIZE * SIZE * step, step, SIZE * CHANNELS * step,
+                             CHANNELS * step};
+        memcpy(sample.stride, stride, sizeof stride);
+        for (int64_t i = 0; i < COUNT; i++) {
+            int64_t w = i % SIZE, h = i / SIZE % SIZE, c = i / (SIZE * SIZE) % CHANNELS;
+            spaced[i / (CHANNELS * SIZE * SIZE) * stride[0] + c * stride[1] + h * stride[2] +
+                   w * stride[3]] = x[i];
+        }
+        CHECK_OK(ac_model_take(there.model, &args, 0, &exec));
+        CHECK_OK(ac_exec_bind_host(exec, "sample", &sample));
+        CHECK_OK(ac_exec_bind_host(exec, "timestep", &times));
+        CHECK_OK(ac_exec_bind_host(exec, "encoder_hidden_states", &prompt));
+        CHECK_OK(ac_exec_bind_output_host(exec, "sample", &result));
+        memset(found, 0, sizeof found);
+        CHECK_OK(ac_exec_run(exec, AC_RATE_PROMPT));
+        ac_model_give(there.model, exec);
+        CHECK(memcmp(expected, found, sizeof found) == 0);
+    }
+    close_both();
+}
+
+TEST_MAIN(TEST(loops_agree_with_the_cpu), TEST(callbacks_see_and_change_latents),
+          TEST(a_device_that_cannot_record_launches), TEST(recording_is_switched_off),
+          TEST(changed_weights_are_read), TEST(calls_agree_wherever_operands_are),
+          TEST(strided_inputs_are_packed))
