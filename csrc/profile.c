@@ -106,8 +106,9 @@ time_section(timer *t, const section *s, int32_t repeats, double *best)
     int32_t times = s->each ? s->end - s->first : 1;
     AC_TRY(launch(t, s)); /* also makes the marks, which a recording must not */
     AC_TRY(device->backend->sync(device->self, t->lane->lane));
-    if (t->exec->can_record) {
-        AC_TRY(record(t, s));
+    if (t->exec->can_record && record(t, s) < 0) {
+        ac_log(1, "profile: recording failed, launches are timed: %s", ac_error_message());
+        forget(t);
     }
     for (int32_t r = 0; r < repeats; r++) {
         AC_TRY(t->recording ? device->backend->replay(device->self, t->lane->lane, t->recording)

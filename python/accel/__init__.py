@@ -46,8 +46,8 @@ _LAZY = {
     "compile": "compile_",
     "decompile": "compile_",
     "refresh": "compile_",
-    "report": "report",
-    "explain": "report",
+    "report": "reporting",
+    "explain": "reporting",
     "FallbackWarning": "torch_native",
 }
 

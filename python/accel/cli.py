@@ -171,7 +171,7 @@ def _info(args):
 
 
 def _explain(args):
-    from .report import explain_folder
+    from .reporting import explain_folder
 
     height, width = args.size or (None, None)
     print(explain_folder(_model_folder(args), args.part, height=height, width=width,

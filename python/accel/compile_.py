@@ -257,11 +257,11 @@ def refresh(x):
     return x
 
 
-# ---- for report.py -------------------------------------------------------------------------------
+# ---- for reporting.py ----------------------------------------------------------------------------
 
 
 def _entry(native):
-    from .report import entry_of
+    from .reporting import entry_of
 
     with native.lock:
         entry = entry_of(native.class_name, native.model, native.weights,

@@ -30,6 +30,14 @@ def test_every_public_name_resolves_without_torch():
     run(BLOCK + "import accel\nfor n in accel.__all__: getattr(accel, n)")
 
 
+def test_public_names_are_no_modules():
+    """A submodule of the same name would take a function's place once it is imported."""
+    for names in ("accel.__all__", "reversed(accel.__all__)"):
+        out = run(f"import accel\nfor n in {names}: getattr(accel, n)\n"
+                  "print(*[n for n in accel.__all__ if type(getattr(accel, n)) is type(accel)])")
+        assert out.strip() == ""
+
+
 def test_a_picture_without_torch(sd_folder):
     out = run(BLOCK + """
 import accel
