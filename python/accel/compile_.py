@@ -181,7 +181,9 @@ def compile(x, *, passes_off=""):  # the name is the point
     ----------
     x : UNet2DConditionModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, or a
         diffusers pipeline
-        With CPU parameters of one dtype, float32, float16 or bfloat16, in eval mode.
+        With parameters of one dtype, float32, float16 or bfloat16, on the CPU or one NVIDIA GPU,
+        in eval mode. The CPU computes in float32; a GPU in the parameters' dtype, in the current
+        stream, and nothing waits for it.
     passes_off : str
         Names of graph passes to leave out, for finding faults.
 
@@ -192,6 +194,16 @@ def compile(x, *, passes_off=""):  # the name is the point
     What the engine does not do (adapters, foreign attention processors, FreeU, hooks on inner
     modules, ControlNet residuals, gradients, autocast ...) is noticed at the call: it runs the
     original, with one FallbackWarning. `accel.report(x)` counts both.
+
+    Of StableDiffusionPipeline and StableDiffusionXLPipeline the denoise loop runs natively too,
+    with the same arguments, outputs, callbacks and seeds; the pipe's class becomes a subclass that
+    passes for the original one. Arguments and schedulers that this loop does not do, and other
+    pipelines, run diffusers' own loop over the compiled components; report() says which and why.
+
+    Moving a module (`.to`, offloading) frees all that the engine holds for it; the next call binds
+    it anew. On a GPU parameters are laid out in place as the engine reads them, so that there is no
+    second copy, and changes are noticed by address and version: after `p.data.mul_(...)`, which
+    leaves both, call `accel.refresh(x)`.
 
     Raises
     ------

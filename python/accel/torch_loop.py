@@ -16,7 +16,7 @@ import torch
 from . import _core
 from ._core import ShapeError, UnsupportedError
 from .compile_ import PIPES, is_in_front, native_of
-from .torch_native import REFUSALS, FallbackWarning
+from .torch_native import REFUSALS, FallbackWarning, with_room
 from .torch_watch import Fallback
 
 # ---- what the loop stands on ---------------------------------------------------------------------
@@ -179,11 +179,14 @@ class Loop:
         def step(row, timestep):
             return self._step(row, native, model)
 
-        try:
+        def run():
             _core.denoise(model, self.table, self.latents, conditions, [_core.Rng(0)],
                           guidance_scale=self.guidance[0], guidance_rescale=self.guidance[1],
                           callback=step, first_row=first, noise=self.noise,
                           registers=self.registers, compute=args["compute"], **options)
+
+        try:
+            with_room(self.latents.device, run, lambda: self.next == first)
         except REFUSALS as error:
             if self.started:
                 raise

@@ -20,6 +20,7 @@ from ._core import (
     DeviceError,
     DTypeError,
     InvalidArgument,
+    OutOfMemory,
     ShapeError,
     UnsupportedError,
     WeightsError,
@@ -414,7 +415,8 @@ class Native:
             self.active += 1
         try:
             inputs = {n: t.detach() for n, t in request.inputs.items()}
-            model.run(request.args, inputs, outputs, token, stream=stream)
+            with_room(device, lambda: model.run(request.args, inputs, outputs, token,
+                                                stream=stream))
         finally:
             with self.lock:
                 self.active -= 1
@@ -430,6 +432,19 @@ class Native:
             self.io[key] = [(name, shape, dtype) for name, shape, dtype, is_output
                             in self.model.io(args) if is_output]
         return self.io[key]
+
+
+def with_room(device, run, again=lambda: True):
+    """run(), and if memory was short once more, with what PyTorch keeps for later given back."""
+    import torch
+
+    try:
+        return run()
+    except OutOfMemory:
+        if device.type != "cuda" or not again():
+            raise
+    torch.cuda.empty_cache()
+    return run()
 
 
 def _version(p):
