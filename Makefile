@@ -51,7 +51,7 @@ CUBLAS_HEADER    := $(call cuda_header,cublasLt.h,$(CUBLAS_INCLUDE))
 CUDNN_HEADER     := $(call cuda_header,cudnn_backend.h,$(CUDNN_INCLUDE))
 CUDA_FLAGS       := $(if $(CUBLAS_HEADER),-DAC_HAVE_CUBLASLT -isystem $(dir $(CUBLAS_HEADER))) \
                     $(if $(CUDNN_HEADER),-DAC_HAVE_CUDNN -isystem $(dir $(CUDNN_HEADER)))
-CUDA_C           := $(filter-out $(if $(CUBLAS_HEADER),,%/cublaslt.c) $(if $(CUDNN_HEADER),,%/cudnn.c %/cudnn_conv.c %/cudnn_attention.c),$(wildcard kernels/cuda/*.c))
+CUDA_C           := $(filter-out $(if $(CUBLAS_HEADER),,$(wildcard kernels/cuda/cublaslt*)) $(if $(CUDNN_HEADER),,$(wildcard kernels/cuda/cudnn*)),$(wildcard kernels/cuda/*.c))
 CUDA_OBJ         := $(patsubst %.cu,$(B)/%.cu.o,$(wildcard kernels/cuda/*.cu)) \
                     $(patsubst %.c,$(B)/cuda/%.o,$(CUDA_C) csrc/tensor.c)
 CUDA_HOST_FLAGS  := -fPIC,-fvisibility=hidden
@@ -82,7 +82,7 @@ cuda-headers: $(PY) ## cuBLASLt's and cuDNN's headers into build/headers, from N
 	@cd build/headers && $(CURDIR)/$(PY) -c 'import glob, zipfile as z; [w.extractall(members=[n for n in w.namelist() if "/include/" in n]) for w in map(z.ZipFile, glob.glob("wheels/*.whl"))]'
 	@rm -rf build/headers/wheels
 
-GPU_TESTS := $(B)/tests/test_seam $(B)/tests/test_cuda $(B)/tests/test_kernels $(B)/tests/test_cuda_models
+GPU_TESTS := $(B)/tests/test_seam $(B)/tests/test_cuda $(B)/tests/test_kernels $(B)/tests/test_cuda_models $(B)/tests/test_cuda_engine
 
 test-gpu: ## the checks that need a GPU; installs nothing
 	$(MAKE) --no-print-directory cuda $(GPU_TESTS)
@@ -90,6 +90,7 @@ test-gpu: ## the checks that need a GPU; installs nothing
 	@grep -q "ran on cuda" $(B)/test_seam.log || { echo "test-gpu: nothing ran on a GPU"; exit 1; }
 	$(B)/tests/test_cuda
 	$(B)/tests/test_cuda_models
+	$(B)/tests/test_cuda_engine
 	for dtype in f32 f16 bf16; do $(B)/tests/test_kernels --backend cuda --dtype $$dtype || exit 1; done
 	ACCEL_FORCE_ARCH=75 $(B)/tests/test_kernels --backend cuda --dtype f16
 	$(MAKE) --no-print-directory test-gpu-python

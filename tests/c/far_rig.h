@@ -20,7 +20,7 @@ static const char *const schedules[] = {
     "{\"_class_name\":\"DPMSolverMultistepScheduler\",\"algorithm_type\":\"sde-dpmsolver++\"}",
 };
 
-enum { CHANNELS = 4, SIZE = 6, TOKENS = 5, IMAGES = 2, STEPS = 6,
+enum { CHANNELS = 4, SIZE = 6, TOKENS = 5, IMAGES = 2, STEPS = 6, MOST = 32,
        COUNT = IMAGES * CHANNELS * SIZE * SIZE };
 
 typedef struct rig {
@@ -226,7 +226,7 @@ close_both(void)
 static inline ac_status
 call(rig *r, int64_t size, ac_stream stream, bool on_host, float *out)
 {
-    static float x[COUNT * 4];
+    static float x[IMAGES * CHANNELS * MOST * MOST];
     float timestep = 400.0f;
     ac_exec *exec;
     void *memory[4] = {0};
