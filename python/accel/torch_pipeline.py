@@ -365,8 +365,11 @@ class _Draws:
 
     def __init__(self, generator, device):
         if generator is None:
-            generator = (torch.default_generator if device.type == "cpu"
-                         else torch.cuda.default_generators[device.index or 0])
+            if device.type == "cpu":
+                generator = torch.default_generator
+            else:
+                index = torch.cuda.current_device() if device.index is None else device.index
+                generator = torch.cuda.default_generators[index]
         self.generators = generator if isinstance(generator, list | tuple) else [generator]
         self.states = [g.get_state() for g in self.generators]
 
