@@ -283,12 +283,25 @@ supports_plain(const ac_problem *p, const ac_caps *)
     return ac_attention_job_of(p, &j);
 }
 
+size_t
+ac_attention_wide_scratch(const ac_attention_job *j)
+{
+    return AC_MAX(layout_of(*j, true).total, layout_of(*j, false).total);
+}
+
+ac_status
+ac_cuda_attention_wide_run(ac_lane *lane, const ac_attention_job *j, void *scratch)
+{
+    bool wide = ac_attention_flash_aligned(j) && wide_fits(*j, j->q.dtype == AC_BF16 ? 80 : 75);
+    return run(lane, *j, wide, (char *)scratch);
+}
+
 static size_t
 scratch_wide(const ac_problem *p, const ac_caps *)
 {
     ac_attention_job j;
     ac_attention_job_of(p, &j);
-    return AC_MAX(layout_of(j, true).total, layout_of(j, false).total);
+    return ac_attention_wide_scratch(&j);
 }
 
 static size_t
@@ -316,7 +329,7 @@ launch_wide(ac_lane *lane, const ac_problem *p, void *scratch, const void *)
 {
     ac_attention_job j;
     ac_attention_job_of(p, &j);
-    return run(lane, j, ac_attention_flash_aligned(&j), (char *)scratch);
+    return ac_cuda_attention_wide_run(lane, &j, scratch);
 }
 
 static ac_status

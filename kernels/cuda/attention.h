@@ -33,6 +33,22 @@ bool ac_attention_flash_fits(const ac_attention_job *job, int32_t arch);
 bool ac_attention_flash_aligned(const ac_attention_job *job);
 ac_status ac_cuda_flash(ac_lane *lane, const ac_attention_job *job);
 
+/* Two products of our own with a softmax between them, any strides and dtypes. */
+size_t ac_attention_wide_scratch(const ac_attention_job *job);
+ac_status ac_cuda_attention_wide_run(ac_lane *lane, const ac_attention_job *job, void *scratch);
+
+/* out [rows, columns] = gain softmax(factor scores); columns a multiple of 8. */
+enum { AC_SOFTMAX_COLUMNS = 16384 };
+typedef struct ac_softmax {
+    const float *scores;
+    void *out;
+    ac_dtype dtype; /* f16 or bf16 */
+    int64_t rows, columns;
+    float factor, gain;
+} ac_softmax;
+
+ac_status ac_cuda_softmax(ac_lane *lane, const ac_softmax *softmax);
+
 #ifdef __cplusplus
 }
 #endif

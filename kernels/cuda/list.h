@@ -21,6 +21,7 @@ extern "C" {
     X(ac_cuda_group_norm)                                                                          \
     X(ac_cuda_layer_norm)                                                                          \
     X(ac_cuda_attention_flash)                                                                     \
+    AC_CUDA_BLAS_ATTENTION(X)                                                                      \
     X(ac_cuda_attention_wide)                                                                      \
     X(ac_cuda_attention_plain)                                                                     \
     X(ac_cuda_activation)                                                                          \
@@ -42,8 +43,10 @@ extern "C" {
 /* Built only where the libraries' headers are. */
 #ifdef AC_HAVE_CUBLASLT
 #define AC_CUDA_BLAS_KERNELS(X) X(ac_cuda_linear_cublaslt)
+#define AC_CUDA_BLAS_ATTENTION(X) X(ac_cuda_attention_cublaslt)
 #else
 #define AC_CUDA_BLAS_KERNELS(X)
+#define AC_CUDA_BLAS_ATTENTION(X)
 #endif
 #ifdef AC_HAVE_CUDNN
 #define AC_CUDA_DNN_KERNELS(X) X(ac_cuda_conv2d_cudnn) X(ac_cuda_attention_cudnn)

@@ -1,0 +1,89 @@
+/* softmax: rows of f32 scores to f16 or bf16 shares, times a gain.
+ *
+ * A block takes a row and keeps it in registers, so each score is read once.  Shares of 16384 keys
+ * would be subnormal in f16: the gain lifts them, and the product that follows takes it back.
+ * Bound: memory. */
+#include "attention.h"
+#include "element.cuh"
+
+template <typename F>
+__device__ static inline float
+reduce(float v, float *shared, F f)
+{
+    for (int step = 16; step > 0; step /= 2) {
+        v = f(v, __shfl_xor_sync(0xffffffffu, v, step));
+    }
+    if (threadIdx.x % 32 == 0) {
+        shared[threadIdx.x / 32] = v;
+    }
+    __syncthreads();
+    v = shared[0];
+    for (int i = 1; i < (int)AC_THREADS / 32; i++) {
+        v = f(v, shared[i]);
+    }
+    return v;
+}
+
+/* FOURS times four scores a thread. */
+template <typename T, int FOURS>
+__global__ static void __launch_bounds__(AC_THREADS)
+softmax_rows_kernel(ac_softmax s)
+{
+    __shared__ float shared[2][AC_THREADS / 32];
+    const float *line = s.scores + (int64_t)blockIdx.x * s.columns;
+    T *out = (T *)s.out + (int64_t)blockIdx.x * s.columns;
+    float v[FOURS][4], most = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) {
+        int64_t at = ((int64_t)i * AC_THREADS + threadIdx.x) * 4;
+        float4 four = at < s.columns ? *(const float4 *)(line + at)
+                                     : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+        v[i][0] = four.x * s.factor;
+        v[i][1] = four.y * s.factor;
+        v[i][2] = four.z * s.factor;
+        v[i][3] = four.w * s.factor;
+        most = fmaxf(most, fmaxf(fmaxf(v[i][0], v[i][1]), fmaxf(v[i][2], v[i][3])));
+    }
+    most = reduce(most, shared[0], [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            v[i][e] = exp2f(v[i][e] - most);
+            sum += v[i][e];
+        }
+    }
+    sum = reduce(sum, shared[1], [](float a, float b) { return a + b; });
+    float share = s.gain / sum;
+#pragma unroll
+    for (int i = 0; i < FOURS; i++) {
+        int64_t at = ((int64_t)i * AC_THREADS + threadIdx.x) * 4;
+        if (at < s.columns) {
+            alignas(8) T four[4] = {(T)(v[i][0] * share), (T)(v[i][1] * share),
+                                    (T)(v[i][2] * share), (T)(v[i][3] * share)};
+            *(uint2 *)(out + at) = *(const uint2 *)four;
+        }
+    }
+}
+
+template <typename T>
+static ac_status
+launch(ac_lane *lane, const ac_softmax *s)
+{
+    dim3 grid((unsigned)s->rows);
+    return s->columns <= 1024
+               ? ac_cuda_launch(lane, "softmax", softmax_rows_kernel<T, 1>, grid, AC_THREADS, 0, *s)
+           : s->columns <= 4096
+               ? ac_cuda_launch(lane, "softmax", softmax_rows_kernel<T, 4>, grid, AC_THREADS, 0, *s)
+               : ac_cuda_launch(lane, "softmax", softmax_rows_kernel<T, 16>, grid, AC_THREADS, 0,
+                                *s);
+}
+
+ac_status
+ac_cuda_softmax(ac_lane *lane, const ac_softmax *s)
+{
+    ac_softmax scaled = *s;
+    scaled.factor *= 1.4426950408889634f; /* powers of two */
+    return s->dtype == AC_F16 ? launch<__half>(lane, &scaled)
+                              : launch<__nv_bfloat16>(lane, &scaled);
+}
