@@ -35,7 +35,7 @@ init(ac_exec *e)
 {
     const ac_plan *plan = e->plan;
     const ac_backend *backend = plan->device->backend;
-    const char *graph = getenv("ACCEL_GRAPH");
+    const char *graph = getenv("ACCEL_GRAPH"), *sync = getenv("ACCEL_SYNC");
     size_t values = (size_t)AC_MAX(plan->graph->n_values, 1);
     size_t steps = (size_t)AC_MAX(plan->n_steps, 1);
     e->bound = ac_arena_alloc(&e->memory, values * sizeof *e->bound);
@@ -47,7 +47,9 @@ init(ac_exec *e)
     }
     AC_TRY(ac_exec_find_edges(e));
     AC_TRY(ac_exec_find_weights(e));
-    e->can_record = backend->record_begin && !(graph && strcmp(graph, "off") == 0);
+    /* ACCEL_SYNC=1 names the step that fails: there must be steps. */
+    e->can_record = backend->record_begin && !(graph && strcmp(graph, "off") == 0) &&
+                    !(sync && strcmp(sync, "1") == 0);
     return copy_problems(e);
 }
 

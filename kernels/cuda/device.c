@@ -373,7 +373,9 @@ cuda_lane_mark(void *self, ac_lane *lane)
     int previous;
     AC_TRY(enter(self, &previous));
     cudaError_t status = cudaEventRecord(lane->last, lane->stream);
-    lane->marked = lane->marked || status == cudaSuccess;
+    if (status == cudaSuccess) { /* other lanes look */
+        __atomic_store_n(&lane->marked, true, __ATOMIC_RELEASE);
+    }
     return leave(self, previous, check(self, status, "cudaEventRecord"));
 }
 
@@ -381,7 +383,7 @@ static ac_status
 cuda_lane_wait(void *self, ac_lane *lane, const ac_lane *other)
 {
     int previous;
-    if (!other->marked) {
+    if (!__atomic_load_n(&other->marked, __ATOMIC_ACQUIRE)) {
         return AC_OK;
     }
     AC_TRY(enter(self, &previous));

@@ -177,6 +177,32 @@ replays_are_the_same_bits(void)
     ac_device_unref(device);
 }
 
+static void
+a_second_gpu_gives_the_same_bits(void)
+{
+    static float first[COUNT], found[COUNT];
+    ac_device *device = open_gpu(), *second;
+    if (!device) {
+        return;
+    }
+    if (ac_device_open("cuda:1", &second) < 0) {
+        printf("(one GPU) ");
+        ac_device_unref(device);
+        return;
+    }
+    rig_open(&cpu, "cuda:0", AC_F16);
+    rig_open(&there, "cuda:1", AC_F16);
+    for (int run = 0; run < 4; run++) {
+        CHECK_OK(call(&cpu, SIZE, (ac_stream){0}, true, first));
+        CHECK_OK(call(&there, SIZE, (ac_stream){0}, true, found));
+        CHECK(memcmp(first, found, sizeof found) == 0);
+    }
+    rig_close(&cpu);
+    rig_close(&there);
+    ac_device_unref(second);
+    ac_device_unref(device);
+}
+
 /* ---- the loop -------------------------------------------------------------------------------- */
 
 static ac_status
@@ -423,6 +449,7 @@ two_hundred_runs_leave_memory_flat(void)
     ac_device_unref(device);
 }
 
-TEST_MAIN(TEST(callers_streams_are_followed), TEST(replays_are_the_same_bits), TEST(loops_agree),
+TEST_MAIN(TEST(callers_streams_are_followed), TEST(replays_are_the_same_bits),
+          TEST(a_second_gpu_gives_the_same_bits), TEST(loops_agree),
           TEST(samplers_are_the_same_bits), TEST(too_large_a_size_is_refused),
           TEST(two_hundred_runs_leave_memory_flat))
