@@ -111,8 +111,8 @@ enum { LIBRARY, OWN };
 static ac_status
 run_own(ac_lane *lane, const ac_gemm *g)
 {
-    return g->x[0].dtype != AC_F32 && ac_gemm_mma_aligned(g) ? ac_cuda_gemm_mma(lane, g)
-                                                             : ac_cuda_gemm_plain(lane, g);
+    bool mma = ac_gemm_mma_fits(g, g->x[0].dtype == AC_BF16 ? 80 : 75) && ac_gemm_mma_aligned(g);
+    return mma ? ac_cuda_gemm_mma(lane, g) : ac_cuda_gemm_plain(lane, g);
 }
 
 static ac_status
@@ -164,6 +164,9 @@ run_job(job *j)
     l.own = LIBRARY;
     AC_TRY(choose_layer(j, &l));
     ac_status status = run_layer(j, l.own);
+    if (status == AC_OK && l.k2 > 0) { /* the second product was measured on top of the first */
+        status = run_layer(j, l.own);
+    }
     if (status == AC_E_UNSUPPORTED) { /* the library has no algorithm */
         l.own = OWN;
         status = run_layer(j, l.own);

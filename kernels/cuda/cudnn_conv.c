@@ -99,12 +99,17 @@ describe(ac_dnn_graph *g, const ac_dnn_key *key)
 
 /* ---- one call -------------------------------------------------------------------------------- */
 
+static bool
+mma_fits(const ac_gemm *g)
+{
+    return ac_gemm_mma_fits(g, g->x[0].dtype == AC_BF16 ? 80 : 75) && ac_gemm_mma_aligned(g);
+}
+
 static ac_status
 run_own(ac_lane *lane, const void *context)
 {
-    const ac_gemm *g = context;
-    return g->x[0].dtype != AC_F32 && ac_gemm_mma_aligned(g) ? ac_cuda_gemm_mma(lane, g)
-                                                             : ac_cuda_gemm_plain(lane, g);
+    return mma_fits(context) ? ac_cuda_gemm_mma(lane, context)
+                             : ac_cuda_gemm_plain(lane, context);
 }
 
 static void
@@ -163,6 +168,7 @@ run_part(ac_lane *lane, const ac_dnn_key *key, const ac_gemm *all, int64_t first
     g.rows = count * v[OUT_HEIGHT] * v[OUT_WIDTH];
     ac_dnn_call call = {.lane = lane, .key = *key, .describe = describe, .workspace = scratch,
                         .workspace_bytes = WORKSPACE, .own = run_own, .context = &g,
+                        .own_is_slow = !mma_fits(&g),
                         .id = {X, W, Y}, .n_operands = 3,
                         .address = {g.x[0].data, g.weight, g.out.data}};
     call.key.value[IMAGES] = count;

@@ -45,7 +45,8 @@ aligned_cases(case_list *list)
     /* images, queries, keys, heads, head size: several tiles of keys, the diagonal in each */
     static const int32_t attention[][5] = {{2, 200, 200, 2, 40}, {1, 130, 130, 3, 64},
                                            {1, 70, 70, 2, 160},  {1, 150, 150, 2, 512},
-                                           {2, 33, 333, 2, 80},  {1, 300, 20, 1, 200}};
+                                           {2, 33, 333, 2, 80},  {1, 300, 20, 1, 200},
+                                           {1, 130, 1032, 1, 512}, {2, 40, 64, 2, 168}};
     for (size_t i = 0; i < AC_ARRAY_LEN(attention); i++) {
         const int32_t *s = attention[i];
         for (int variant = 0; variant < 4; variant++) {
@@ -86,13 +87,14 @@ real_cuda_cases(case_list *list)
         c->real = true;
     }
     static const int32_t attention[][5] = {{2, 4096, 4096, 10, 64}, {2, 4096, 77, 10, 64},
-                                           {2, 1024, 77, 20, 64}};
+                                           {2, 1024, 77, 20, 64},  {1, 16384, 16384, 1, 512}};
     for (size_t i = 0; i < AC_ARRAY_LEN(attention); i++) {
         const int32_t *s = attention[i];
         int64_t c = s[3] * s[4];
         check_case *k = CASE(list, AC_OP_ATTENTION, AC_SHAPE(s[0], s[1], c),
                              AC_SHAPE(s[0], s[2], c), AC_SHAPE(s[0], s[2], c));
-        k->attr.attention = (ac_attention_attr){.heads = s[3], .scale = 0.125f};
+        k->attr.attention =
+            (ac_attention_attr){.heads = s[3], .scale = (float)(1.0 / sqrt(s[4]))};
         k->real = true;
     }
 }
