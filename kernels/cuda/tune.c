@@ -216,6 +216,10 @@ measure_all(ac_lane *lane, const ac_tune_ways *ways, stopwatch *watch, int32_t *
         float time;
         status = measure(lane, ways, i, *least, watch, &time);
         first = i == 0 ? status : first;
+        if (status < 0) { /* that way is out, unless it took the device with it */
+            ac_cuda_log(2, "cuda: %s: way %d failed", ways->key, (int)i);
+            AC_TRY(ac_cuda_launched(lane, cudaStreamSynchronize(lane->stream), ways->key));
+        }
         if (status == AC_OK && time < *least) {
             *least = time;
             *best = i;

@@ -76,6 +76,22 @@ real_cuda_cases(case_list *list)
                              AC_SHAPE(s[1]), i & 1 ? absent : AC_SHAPE(s[0], s[1]));
         c->real = true;
     }
+    /* rows, columns, channels, those of x2, gated, activation: GEGLU, shortcuts, texts, time */
+    static const int32_t parts[][6] = {{8192, 1280, 320, 0, 1, AC_ACT_GELU},
+                                       {2048, 5120, 1280, 0, 1, AC_ACT_GELU},
+                                       {8192, 320, 320, 320, 0, AC_ACT_NONE},
+                                       {2048, 1280, 1280, 640, 0, AC_ACT_NONE},
+                                       {154, 3072, 768, 0, 0, AC_ACT_QUICK_GELU},
+                                       {154, 5120, 1280, 0, 0, AC_ACT_GELU},
+                                       {2, 1280, 320, 0, 0, AC_ACT_SILU}};
+    for (size_t i = 0; i < AC_ARRAY_LEN(parts); i++) {
+        const int32_t *s = parts[i];
+        int64_t n = s[4] ? 2 * s[1] : s[1];
+        check_case *c = CASE(list, AC_OP_LINEAR, AC_SHAPE(s[0], s[2]), AC_SHAPE(n, s[2] + s[3]),
+                             AC_SHAPE(n), absent, s[3] ? AC_SHAPE(s[0], s[3]) : absent);
+        c->attr.linear = (ac_linear_attr){(ac_act)s[5], s[4]};
+        c->real = true;
+    }
     static const int32_t conv[][4] = {{2, 128, 320, 320}, {2, 64, 640, 640}, {2, 32, 1280, 1280},
                                       {2, 32, 2560, 1280}, {1, 512, 256, 256}, {1, 512, 128, 128}};
     for (size_t i = 0; i < AC_ARRAY_LEN(conv); i++) {

@@ -207,14 +207,26 @@ narrow_conv(ac_problem *p, const int64_t at[4])
     attr->stride = 1;
 }
 
+/* Of two halves of a dimension, the same element. */
+static inline void
+narrow_halves(ac_tensor *t, int dimension, int64_t at)
+{
+    int64_t half = t->shape.dim[dimension] / 2;
+    narrow(t, dimension, at, 2);
+    t->stride[dimension] *= half;
+}
+
 /* One output element of an op whose full oracle would take too long.  False: no such part. */
 static inline bool
 narrow_problem(ac_problem *p, int64_t row, int64_t column)
 {
-    if (p->op == AC_OP_LINEAR && !p->attr.linear.gated) {
+    if (p->op == AC_OP_LINEAR) {
         for (int32_t slot = 0; slot < p->n_inputs; slot++) {
             ac_tensor *t = &p->input[slot];
-            if (t->shape.rank >= 0 && (slot == AC_LINEAR_W || slot == AC_LINEAR_B)) {
+            bool weight = slot == AC_LINEAR_W || slot == AC_LINEAR_B;
+            if (t->shape.rank >= 0 && weight && p->attr.linear.gated) {
+                narrow_halves(t, 0, column); /* value and gate */
+            } else if (t->shape.rank >= 0 && weight) {
                 narrow(t, 0, column, 1);
             } else if (t->shape.rank >= 0) {
                 narrow_row(t, row);
