@@ -23,6 +23,11 @@ def texts(value, what, count=None):
     return list(found)
 
 
+def is_given(text):
+    """Whether a prompt that may be left out is there: diffusers takes "" for None."""
+    return text is not None and not (isinstance(text, str) and not text)
+
+
 def integer(value, what, least, most):
     try:
         if isinstance(value, bool):

@@ -78,9 +78,6 @@ def dense(x, dtype):
 
 
 def _copy(x, dtype):
-    """A copy in host memory; of a GPU's tensor none: the engine takes it as it is, or names it."""
-    if _place(x)[0] not in _HOST:
-        return x
     out = _core.Tensor(tuple(x.shape), dtype)
     out.fill(x)
     return out
@@ -96,15 +93,6 @@ def to_numpy(x):
 
 
 # ---- devices -----------------------------------------------------------------------------------
-
-
-_HOST = (1, 3)  # DLPack's device types of host memory, pageable and pinned
-
-
-def _place(x):
-    """DLPack's device type and index; without __dlpack__, host memory."""
-    place = None if isinstance(x, np.ndarray) else getattr(x, "__dlpack_device__", None)
-    return (1, 0) if place is None else tuple(int(n) for n in place())
 
 
 class _InOrder:
@@ -123,8 +111,11 @@ class _InOrder:
 def check_place(x, what, device):
     """True for a tensor on the GPU that is `device`, False for one in host memory; another one is
     a DeviceError."""
-    kind, index = _place(x)
-    if kind in _HOST:
+    place = getattr(x, "__dlpack_device__", None)
+    if place is None or isinstance(x, np.ndarray):
+        return False
+    kind, index = (int(n) for n in place())
+    if kind in (1, 3):
         return False
     name, _, number = device.partition(":")
     if name == "cuda" and (kind, index) == (2, int(number or 0)):
@@ -248,7 +239,9 @@ class Component:
         return weights
 
     def _check_class(self):
-        name = self.config.get("_class_name") or (self.config.get("architectures") or [None])[0]
+        named = self.config.get("architectures")
+        name = self.config.get("_class_name") or (
+            named[0] if isinstance(named, list | tuple) and named else named)
         if name not in self._classes:
             raise UnsupportedError(f"config: found class {name!r}, expected "
                                    f"{' or '.join(self._classes)} for {type(self).__name__}")

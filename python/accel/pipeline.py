@@ -11,8 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from . import _core, images, schedules
-from ._core import DTypeError, InvalidArgument, NumericError, ShapeError, UnsupportedError
-from .arguments import integer, number, texts
+from ._core import (
+    DTypeError,
+    FormatError,
+    InvalidArgument,
+    NumericError,
+    ShapeError,
+    UnsupportedError,
+)
+from .arguments import integer, is_given, number, texts
 from .components import (
     FLOATS,
     VAE,
@@ -112,12 +119,11 @@ class Pipeline:
             raise UnsupportedError(f"{folder}: found class {name!r}, expected {_SD[0]} or "
                                    f"{_SDXL[0]}")
         options = {"device": device, "variant": variant, "passes_off": passes_off}
-        if dtype_name(dtype) is not None and device.startswith("cuda"):
+        if dtype_name(dtype) is not None and str(device).startswith("cuda"):
             options["dtype"] = dtype
         encoders, tokenizers = [], []
         for suffix in ("", "_2"):
-            part = index.get(f"text_encoder{suffix}")
-            if part and part[0]:
+            if _is_listed(index, f"text_encoder{suffix}", folder):
                 encoders.append(TextEncoder.from_pretrained(folder / f"text_encoder{suffix}",
                                                             **options))
                 tokenizers.append(Tokenizer(folder / f"tokenizer{suffix}"))
@@ -136,6 +142,7 @@ class Pipeline:
         if self.is_xl and self.config.get("requires_aesthetics_score"):
             raise UnsupportedError("this is the SDXL refiner, which starts from an image; text to "
                                    "image needs the base model")
+        _latent_scale(self.vae.config)
 
     # ---- the call --------------------------------------------------------------------------------
 
@@ -202,9 +209,12 @@ class Pipeline:
                     target_size=target_size)
         prompts = texts(prompt, "prompt")
         guidance = self._guidance(guidance_scale)
-        if output_type not in ("pil", "np", "latent"):
+        if not isinstance(output_type, str) or output_type not in ("pil", "np", "latent"):
             raise InvalidArgument(f"output_type: found {output_type!r}, expected 'pil', 'np' or "
                                   "'latent'")
+        if cancel is not None and not isinstance(cancel, _core.Cancel):
+            raise InvalidArgument(f"cancel: found {type(cancel).__name__}, expected an "
+                                  "accel.Cancel")
         height, width = self._size(height, "height", 0), self._size(width, "width", 1)
         count = len(prompts) * integer(num_images_per_prompt, "num_images_per_prompt", 1, 1024)
         schedule = schedules.make(self._scheduler(scheduler), num_inference_steps, eta)
@@ -256,7 +266,7 @@ class Pipeline:
         """Conditions for n prompts."""
         skip = 0 if clip_skip is None else integer(clip_skip, "clip_skip", 0, 256)
         n = len(prompts)
-        second = texts(prompt_2, "prompt_2", n) if prompt_2 else prompts
+        second = texts(prompt_2, "prompt_2", n) if is_given(prompt_2) else prompts
         states, pooled = self._run_encoders([prompts, second], skip)
         conditions = Conditions(states, pooled=pooled)
         if not guided:
@@ -270,8 +280,9 @@ class Pipeline:
             conditions.negative_states = np.zeros_like(states)
             conditions.negative_pooled = np.zeros_like(pooled)
             return conditions
-        negatives = texts(negative or "", "negative_prompt", n)
-        second = texts(negative_2, "negative_prompt_2", n) if negative_2 else negatives
+        negatives = texts("" if negative is None else negative, "negative_prompt", n)
+        second = (texts(negative_2, "negative_prompt_2", n) if is_given(negative_2)
+                  else negatives)
         # as diffusers does, the negative prompt is never skipped
         conditions.negative_states, conditions.negative_pooled = self._run_encoders(
             [negatives, second], 0)
@@ -340,10 +351,8 @@ class Pipeline:
     def _finish(self, latents, output_type):
         if output_type == "latent":
             return latents
-        mean, std = self.vae.config.get("latents_mean"), self.vae.config.get("latents_std")
-        scaling = self.vae.config.get("scaling_factor", 0.18215)
+        scaling, mean, std = _latent_scale(self.vae.config)
         if self.is_xl and mean is not None and std is not None:
-            mean, std = (np.array(v, np.float32).reshape(1, -1, 1, 1) for v in (mean, std))
             latents = latents * std / scaling + mean
         else:
             latents = latents / np.float32(scaling)
@@ -366,6 +375,8 @@ class _Progress:
             if function is not None and not callable(function):
                 raise InvalidArgument(f"{what}: found {type(function).__name__}, expected a "
                                       "callable")
+        if not isinstance(bar, bool | int | np.bool_ | None):
+            raise InvalidArgument(f"progress_bar: found {bar!r:.100}, expected True or False")
         self.pipe, self.latents = pipe, latents
         self.callback, self.on_step_end = callback, on_step_end
         self.counts = [row["counts"] for row in schedule.rows]
@@ -485,3 +496,36 @@ def _is_before_0_9(config):
     except (ValueError, IndexError):
         return False
 
+
+# ---- what a folder says --------------------------------------------------------------------------
+
+
+def _is_listed(index, name, folder):
+    """Whether model_index.json has this part: [library, class], or [null, null] for none."""
+    part = index.get(name)
+    if part is None:
+        return False
+    if not isinstance(part, list) or len(part) != 2:
+        raise FormatError(f"{folder / 'model_index.json'}: {name}: found {part!r:.100}, expected "
+                          "its library and class")
+    return part[0] is not None
+
+
+def _latent_scale(config):
+    """scaling_factor, and latents_mean and latents_std as float32 [1, c, 1, 1] or None."""
+    scaling = number(config.get("scaling_factor", 0.18215), "vae: scaling_factor")
+    if scaling == 0:
+        raise InvalidArgument("vae: scaling_factor: found 0, which nothing can be divided by")
+    channels = config.get("latent_channels", 4)
+    each = []
+    for name in ("latents_mean", "latents_std"):
+        values = config.get(name)
+        if values is None:
+            each.append(None)
+            continue
+        if not isinstance(values, list | tuple) or len(values) != channels:
+            raise InvalidArgument(f"vae: {name}: found {values!r:.100}, expected {channels} "
+                                  "numbers, one a latent channel")
+        values = [number(v, f"vae: {name}") for v in values]
+        each.append(np.array(values, np.float32).reshape(1, -1, 1, 1))
+    return scaling, *each

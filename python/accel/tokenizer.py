@@ -30,6 +30,19 @@ def _content(token):
     return token.get("content") if isinstance(token, dict) else token
 
 
+def _max_length(folder, found):
+    """Tokens of a text, start and end among them."""
+    if found is None:
+        return 77
+    if isinstance(found, int | float) and not isinstance(found, bool):
+        if found >= 1e6:  # transformers writes 1e30 for "no limit"; CLIP always has one
+            return 77
+        if found >= 2 and found == int(found):
+            return int(found)
+    raise FormatError(f"{folder}: model_max_length: found {json.dumps(found):.100}, expected a "
+                      "whole number, 2 or more")
+
+
 def _from_vocabulary(folder):
     vocabulary = read_json(folder / "vocab.json")
     try:
@@ -77,12 +90,10 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         config = self._settings(folder)
-        length = config.get("model_max_length", 77)
-        # transformers writes 1e30 for "no limit"; CLIP always has one
-        self.max_length = int(length) if isinstance(length, int | float) and length < 1e6 else 77
-        self.start = self._id(config, "bos_token", START)
-        self.end = self._id(config, "eos_token", END)
-        self.pad = self._id(config, "pad_token", END)
+        self.max_length = _max_length(folder, config.get("model_max_length"))
+        self.start = self._id(folder, config, "bos_token", START)
+        self.end = self._id(folder, config, "eos_token", END)
+        self.pad = self._id(folder, config, "pad_token", END)
 
     @staticmethod
     def _settings(folder):
@@ -92,11 +103,14 @@ class Tokenizer:
                 config |= read_json(folder / name)
         return config
 
-    def _id(self, config, key, default):
-        text = _content(config.get(key)) or default
+    def _id(self, folder, config, key, default):
+        text = _content(config.get(key))
+        text = default if text is None else text
+        if not isinstance(text, str):
+            raise FormatError(f"{folder}: {key}: found {json.dumps(text):.100}, expected a token")
         number = self._tokenizer.token_to_id(text)
         if number is None:
-            raise FormatError(f"{key}: {json.dumps(text)} is not in the vocabulary")
+            raise FormatError(f"{folder}: {key}: {json.dumps(text):.100} is not in the vocabulary")
         return number
 
     def pieces(self, text):

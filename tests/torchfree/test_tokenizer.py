@@ -73,6 +73,14 @@ def test_tokenizer_json_is_the_same(tokenizer, sd_folder, tmp_path):
     ("vocab.json", "{}"), ("vocab.json", "[]"), ("vocab.json", "{"), ("vocab.json", '{"a": "b"}'),
     ("merges.txt", "a b c d\n"), ("merges.txt", "never seen\n"), ("tokenizer_config.json", "3"),
     ("tokenizer_config.json", '{"pad_token": "no such"}'), ("tokenizer.json", "{}"),
+    ("tokenizer_config.json", '{"pad_token": 3}'),
+    ("tokenizer_config.json", '{"eos_token": ["a"]}'),
+    ("special_tokens_map.json", '{"bos_token": {"content": 1.5}}'),
+    ("tokenizer_config.json", '{"model_max_length": -1e30}'),
+    ("tokenizer_config.json", '{"model_max_length": 1}'),
+    ("tokenizer_config.json", '{"model_max_length": 7.5}'),
+    ("tokenizer_config.json", '{"model_max_length": NaN}'),
+    ("tokenizer_config.json", '{"model_max_length": "16"}'),
     ("tokenizer.json", "\0")])
 def test_broken_files(tmp_path, name, content):
     tiny.write_tokenizer(tmp_path / "t")
