@@ -18,7 +18,9 @@ extern "C" {
     X(ac_cuda_conv2d_plain)                                                                        \
     X(ac_cuda_up_conv2d_mma)                                                                       \
     X(ac_cuda_up_conv2d_plain)                                                                     \
+    X(ac_cuda_group_norm_wide)                                                                     \
     X(ac_cuda_group_norm)                                                                          \
+    X(ac_cuda_layer_norm_wide)                                                                     \
     X(ac_cuda_layer_norm)                                                                          \
     X(ac_cuda_attention_flash)                                                                     \
     AC_CUDA_BLAS_ATTENTION(X)                                                                      \

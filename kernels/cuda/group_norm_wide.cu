@@ -1,0 +1,327 @@
+/* group_norm of whole 16-byte vectors: see group_norm.cu for the formula.
+ *
+ *     statistics of pieces --scratch--> the result; each block merges the pieces of its groups
+ *
+ * A block takes some pixels of a tile of channels, whole groups and whole vectors of at least 64
+ * channels; a thread keeps one vector's channels.  Sums run around a thread's own first value,
+ * which loses no digits to a large mean, and are merged (Chan et al. 1979) in an order that depends
+ * on the sizes alone.
+ * Bound: memory, two reads and one write of the tensor. */
+#include "list.h"
+#include "vector.cuh"
+
+static constexpr int MOST_GROUPS = 128; /* of a tile */
+
+struct image {
+    const void *data;
+    int64_t n, pixel; /* strides */
+};
+
+struct job {
+    image x, x2, y;
+    int64_t pixels, piece, run; /* of a block: in the first kernel, in the second */
+    int32_t c1, channels, groups, group_channels, tile, pieces;
+    ac_cells gamma, beta, shift;
+    int64_t gamma_stride, beta_stride, shift_n, shift_c;
+    float eps, scale;
+    ac_act act;
+    float3 *parts; /* [image][group][piece]: count, mean, sum of squares around it */
+};
+
+__device__ static inline float3
+merge(float3 a, float3 b)
+{
+    if (b.x == 0.0f) {
+        return a;
+    }
+    if (a.x == 0.0f) {
+        return b;
+    }
+    float n = a.x + b.x, d = b.y - a.y, share = b.x / n;
+    return make_float3(n, a.y + d * share, a.z + b.z + d * d * a.x * share);
+}
+
+__device__ static inline float3
+merge_warp(float3 a)
+{
+    for (int step = 16; step > 0; step /= 2) {
+        a = merge(a, make_float3(__shfl_down_sync(0xffffffffu, a.x, step),
+                                 __shfl_down_sync(0xffffffffu, a.y, step),
+                                 __shfl_down_sync(0xffffffffu, a.z, step)));
+    }
+    return a; /* lane 0's */
+}
+
+/* What a thread works on: vector x of `width`, pixels y, y + height ... */
+template <typename T> struct place {
+    int32_t c0, width, height, x, y, c; /* c: first channel of the vector */
+    int64_t n;
+    bool active;
+
+    __device__ place(const job &g)
+    {
+        c0 = (int32_t)blockIdx.y * g.tile;
+        width = min(g.tile, g.channels - c0) / ac_wide<T>;
+        height = (int32_t)AC_THREADS / width;
+        x = (int32_t)threadIdx.x % width;
+        y = (int32_t)threadIdx.x / width;
+        c = c0 + x * ac_wide<T>;
+        n = blockIdx.z;
+        active = y < height;
+    }
+
+    /* The vector's place at pixel 0, and how far the next pixel is. */
+    __device__ const T *
+    source(const job &g, int64_t *step) const
+    {
+        bool second = c >= g.c1;
+        const image &i = second ? g.x2 : g.x;
+        *step = i.pixel;
+        return (const T *)i.data + n * i.n + (second ? c - g.c1 : c);
+    }
+};
+
+__device__ static inline float
+shift_of(const job &g, int64_t n, int32_t c)
+{
+    return g.shift.data ? ac_load(g.shift, n * g.shift_n + c * g.shift_c) : 0.0f;
+}
+
+/* grid: pieces, tiles of channels, images */
+template <typename T>
+__global__ static void __launch_bounds__(AC_THREADS)
+parts_kernel(const __grid_constant__ job g)
+{
+    constexpr int N = ac_wide<T>;
+    __shared__ float2 part[AC_THREADS * N]; /* [height][channels of the tile]: mean, squares */
+    place<T> at(g);
+    int64_t from = blockIdx.x * g.piece, to = min(from + g.piece, g.pixels), step;
+    if (at.active) {
+        float shift[N], pivot[N] = {}, sum[N] = {}, squares[N] = {}, count = 0.0f;
+        const T *x = at.source(g, &step);
+#pragma unroll
+        for (int e = 0; e < N; e++) {
+            shift[e] = shift_of(g, at.n, at.c + e);
+        }
+        if (from + at.y < to) {
+            ac_load_wide<T>(pivot, x + (from + at.y) * step);
+        }
+#pragma unroll 4
+        for (int64_t pixel = from + at.y; pixel < to; pixel += at.height) {
+            float v[N];
+            ac_load_wide<T>(v, x + pixel * step);
+#pragma unroll
+            for (int e = 0; e < N; e++) {
+                float d = v[e] - pivot[e];
+                sum[e] += d;
+                squares[e] += d * d;
+            }
+            count += 1.0f;
+        }
+#pragma unroll
+        for (int e = 0; e < N && count > 0.0f; e++) {
+            float mean = sum[e] / count;
+            part[(at.y * at.width + at.x) * N + e] =
+                make_float2(pivot[e] + shift[e] + mean, fmaxf(squares[e] - sum[e] * mean, 0.0f));
+        }
+    }
+    __syncthreads();
+    int groups = at.width * N / g.group_channels, group0 = at.c0 / g.group_channels;
+    int64_t pixels = to - from;
+    for (int group = threadIdx.x / 32; group < groups; group += AC_THREADS / 32) {
+        float3 all = make_float3(0.0f, 0.0f, 0.0f);
+        for (int i = threadIdx.x % 32; i < g.group_channels * at.height; i += 32) {
+            int y = i / g.group_channels, c = group * g.group_channels + i % g.group_channels;
+            if (y < pixels) {
+                float2 one = part[y * at.width * N + c];
+                float count = (float)((pixels - y + at.height - 1) / at.height);
+                all = merge(all, make_float3(count, one.x, one.y));
+            }
+        }
+        all = merge_warp(all);
+        if (threadIdx.x % 32 == 0) {
+            g.parts[(at.n * g.groups + group0 + group) * g.pieces + blockIdx.x] = all;
+        }
+    }
+}
+
+/* grid: runs of pixels, tiles of channels, images */
+template <typename T>
+__global__ static void __launch_bounds__(AC_THREADS)
+apply_kernel(const __grid_constant__ job g)
+{
+    constexpr int N = ac_wide<T>;
+    __shared__ float2 moments[MOST_GROUPS]; /* mean, 1 / sqrt(variance + eps) */
+    place<T> at(g);
+    int groups = at.width * N / g.group_channels, group0 = at.c0 / g.group_channels;
+    for (int group = threadIdx.x / 32; group < groups; group += AC_THREADS / 32) {
+        const float3 *parts = g.parts + (at.n * g.groups + group0 + group) * g.pieces;
+        float3 all = make_float3(0.0f, 0.0f, 0.0f);
+        for (int i = threadIdx.x % 32; i < g.pieces; i += 32) {
+            all = merge(all, parts[i]);
+        }
+        all = merge_warp(all);
+        if (threadIdx.x % 32 == 0) {
+            moments[group] = make_float2(all.y, 1.0f / sqrtf(all.z / all.x + g.eps));
+        }
+    }
+    __syncthreads();
+    if (!at.active) {
+        return;
+    }
+    float shift[N], mean[N], by[N], beta[N];
+#pragma unroll
+    for (int e = 0; e < N; e++) {
+        float2 m = moments[(at.c - at.c0 + e) / g.group_channels];
+        shift[e] = shift_of(g, at.n, at.c + e);
+        mean[e] = m.x;
+        by[e] = m.y * ac_load(g.gamma, (at.c + e) * g.gamma_stride);
+        beta[e] = ac_load(g.beta, (at.c + e) * g.beta_stride);
+    }
+    int64_t from = blockIdx.x * g.run, to = min(from + g.run, g.pixels), step;
+    const T *x = at.source(g, &step);
+    T *y = (T *)g.y.data + at.n * g.y.n + at.c;
+#pragma unroll 4
+    for (int64_t pixel = from + at.y; pixel < to; pixel += at.height) {
+        float v[N];
+        ac_load_wide<T>(v, x + pixel * step);
+#pragma unroll
+        for (int e = 0; e < N; e++) {
+            float z = (v[e] + shift[e] - mean[e]) * by[e] + beta[e];
+            v[e] = ac_act_apply(g.act, z) * g.scale;
+        }
+        ac_store_wide<T>(y + pixel * g.y.pixel, v);
+    }
+}
+
+/* ---- when, and how --------------------------------------------------------------------------- */
+
+/* Pixels at one distance, all in whole vectors. */
+static bool
+image_of(const ac_tensor *t, ac_dtype dtype, image *out)
+{
+    int32_t last = t->shape.rank - 1, wide = 16 / (int32_t)ac_dtype_size(dtype);
+    ac_shape pixels = {last - 1, {}};
+    for (int32_t d = 1; d < last; d++) {
+        pixels.dim[d - 1] = t->shape.dim[d];
+    }
+    const int64_t *const strides[] = {t->stride + 1};
+    ac_walk w = ac_walk_of(&pixels, 1, strides);
+    *out = image{t->data, t->stride[0], w.rank ? w.stride[0][0] : 0};
+    return w.rank <= 1 && t->dtype == dtype && t->stride[last] == 1 && out->n % wide == 0 &&
+           out->pixel % wide == 0 && t->shape.dim[last] % wide == 0;
+}
+
+/* Whole groups that are whole vectors, 64 channels and more where there are as many; 0: none. */
+static int32_t
+tile_of(int32_t channels, int32_t group_channels, int32_t wide)
+{
+    int32_t tile = group_channels;
+    while (tile < channels && (tile % wide || tile < 64)) {
+        tile += group_channels;
+    }
+    bool fits = tile / wide <= (int32_t)AC_THREADS && tile / group_channels <= MOST_GROUPS;
+    return tile % wide == 0 && fits ? tile : 0;
+}
+
+static bool
+job_of(const ac_problem *p, job *g)
+{
+    const ac_tensor *x = &p->input[AC_GN_X], *x2 = ac_operand(p, AC_GN_X2), *y = &p->output;
+    const ac_tensor *gamma = &p->input[AC_GN_GAMMA], *beta = &p->input[AC_GN_BETA];
+    const ac_tensor *shift = ac_operand(p, AC_GN_SHIFT);
+    int32_t last = y->shape.rank - 1, wide = 16 / (int32_t)ac_dtype_size(y->dtype);
+    *g = {};
+    if (!ac_cuda_float(y->dtype) || y->shape.dim[last] > 1 << 20 ||
+        !image_of(x, y->dtype, &g->x) || (x2 && !image_of(x2, y->dtype, &g->x2)) ||
+        !image_of(y, y->dtype, &g->y) || !ac_cuda_float(gamma->dtype) ||
+        !ac_cuda_float(beta->dtype) || (shift && !ac_cuda_float(shift->dtype)) ||
+        y->shape.dim[0] > 65535) {
+        return false;
+    }
+    g->c1 = (int32_t)x->shape.dim[last];
+    g->channels = (int32_t)y->shape.dim[last];
+    g->pixels = 1;
+    for (int32_t d = 1; d < last; d++) {
+        g->pixels *= y->shape.dim[d];
+    }
+    g->gamma = ac_cells_of(gamma);
+    g->beta = ac_cells_of(beta);
+    g->gamma_stride = gamma->stride[0];
+    g->beta_stride = beta->stride[0];
+    if (shift) {
+        g->shift = ac_cells_of(shift);
+        g->shift_n = shift->shape.dim[0] > 1 ? shift->stride[0] : 0;
+        g->shift_c = shift->stride[1];
+    }
+    g->groups = p->attr.group_norm.groups;
+    g->group_channels = g->channels / g->groups;
+    g->tile = tile_of(g->channels, g->group_channels, wide);
+    g->eps = p->attr.group_norm.eps;
+    g->scale = ldexpf(1.0f, p->attr.group_norm.exponent);
+    g->act = p->attr.group_norm.act;
+    if (g->tile == 0) {
+        return false;
+    }
+    /* About 2000 blocks, none with less than four vectors a thread, few enough to merge. */
+    int64_t others = ac_ceil_div(g->channels, g->tile) * AC_MAX(y->shape.dim[0], (int64_t)1);
+    int64_t least = (int64_t)AC_THREADS * wide / g->tile * 4;
+    g->run = AC_MAX(ac_ceil_div(g->pixels * others, 2048), AC_MAX(least, (int64_t)1));
+    g->piece = AC_MAX(g->run, ac_ceil_div(g->pixels, 256));
+    g->pieces = (int32_t)AC_MAX(ac_ceil_div(g->pixels, g->piece), (int64_t)1);
+    return true;
+}
+
+static bool
+supports(const ac_problem *p, const ac_caps *)
+{
+    job g;
+    return job_of(p, &g);
+}
+
+static size_t
+scratch(const ac_problem *p, const ac_caps *caps)
+{
+    job g;
+    job_of(p, &g);
+    size_t mine = (size_t)(p->output.shape.dim[0] * g.groups * g.pieces) * sizeof(float3);
+    size_t plain = ac_cuda_group_norm.scratch(p, caps); /* where addresses are not whole vectors */
+    return AC_MAX(mine, plain);
+}
+
+template <typename T>
+static ac_status
+launch_dtype(ac_lane *lane, const job &g, int64_t images)
+{
+    unsigned tiles = (unsigned)ac_ceil_div(g.channels, g.tile);
+    dim3 parts((unsigned)g.pieces, tiles, (unsigned)images);
+    dim3 runs((unsigned)ac_ceil_div(g.pixels, g.run), tiles, (unsigned)images);
+    AC_TRY(ac_cuda_launch(lane, "group_norm parts", parts_kernel<T>, parts, AC_THREADS, 0, g));
+    return ac_cuda_launch(lane, "group_norm", apply_kernel<T>, runs, AC_THREADS, 0, g);
+}
+
+static ac_status
+launch(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared)
+{
+    job g;
+    if (!job_of(p, &g) || !ac_is_wide(g.x.data) || !ac_is_wide(g.x2.data) ||
+        !ac_is_wide(g.y.data)) {
+        return ac_cuda_group_norm.launch(lane, p, scratch, prepared);
+    }
+    int64_t images = p->output.shape.dim[0];
+    g.parts = (float3 *)scratch;
+    if (g.pixels == 0 || images == 0) {
+        return AC_OK;
+    }
+    return p->output.dtype == AC_F32   ? launch_dtype<float>(lane, g, images)
+           : p->output.dtype == AC_F16 ? launch_dtype<__half>(lane, g, images)
+                                       : launch_dtype<__nv_bfloat16>(lane, g, images);
+}
+
+extern "C" const ac_kernel ac_cuda_group_norm_wide = {
+    .name = "cuda.group_norm.wide",
+    .op = AC_OP_GROUP_NORM,
+    .supports = supports,
+    .scratch = scratch,
+    .launch = launch,
+};
