@@ -78,6 +78,9 @@ def dense(x, dtype):
 
 
 def _copy(x, dtype):
+    """A copy in host memory; of a GPU's tensor none: the engine takes it as it is, or names it."""
+    if _place(x)[0] not in _HOST:
+        return x
     out = _core.Tensor(tuple(x.shape), dtype)
     out.fill(x)
     return out
@@ -93,6 +96,15 @@ def to_numpy(x):
 
 
 # ---- devices -----------------------------------------------------------------------------------
+
+
+_HOST = (1, 3)  # DLPack's device types of host memory, pageable and pinned
+
+
+def _place(x):
+    """DLPack's device type and index; without __dlpack__, host memory."""
+    place = None if isinstance(x, np.ndarray) else getattr(x, "__dlpack_device__", None)
+    return (1, 0) if place is None else tuple(int(n) for n in place())
 
 
 class _InOrder:
@@ -111,11 +123,8 @@ class _InOrder:
 def check_place(x, what, device):
     """True for a tensor on the GPU that is `device`, False for one in host memory; another one is
     a DeviceError."""
-    place = getattr(x, "__dlpack_device__", None)
-    if place is None or isinstance(x, np.ndarray):
-        return False
-    kind, index = (int(n) for n in place())
-    if kind in (1, 3):
+    kind, index = _place(x)
+    if kind in _HOST:
         return False
     name, _, number = device.partition(":")
     if name == "cuda" and (kind, index) == (2, int(number or 0)):
