@@ -310,6 +310,10 @@ class Pipeline:
         if self.is_xl and pooled is None:
             raise UnsupportedError("text_encoder: found no CLIPTextModelWithProjection, which SDXL "
                                    "takes its pooled states from")
+        tokens = [s.shape[1] for s in all_states]
+        if len(set(tokens)) > 1:
+            raise ShapeError(f"tokenizers: found {tokens} tokens a text, expected as many from "
+                             "each (model_max_length)")
         states = np.concatenate([to_numpy(s) for s in all_states], axis=-1)
         _check_finite(states, "text_encoder", "its states")
         if pooled is not None:

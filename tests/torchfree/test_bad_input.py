@@ -297,6 +297,14 @@ def test_folders_that_lie(tmp_path, file, change):
         accel.Pipeline.from_pretrained(folder)
 
 
+def test_tokenizers_of_two_lengths(tmp_path):
+    folder = tiny.write_model(tmp_path / "m", "sdxl")
+    file = folder / "tokenizer_2" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 3}))
+    with pytest.raises(accel.ShapeError, match="model_max_length"):
+        accel.Pipeline.from_pretrained(folder)("a", num_inference_steps=1, progress_bar=False)
+
+
 def test_pipeline_seed_and_generator(pipe):
     with pytest.raises(accel.InvalidArgument, match="generator"):
         pipe("a", seed=1, generator=accel.Generator(1))
