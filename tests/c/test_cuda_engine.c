@@ -4,6 +4,7 @@
 #include "far_rig.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 /* The driver's, by hand: a caller's streams and copies are not the backend's. */
 static struct {
@@ -174,6 +175,44 @@ replays_are_the_same_bits(void)
         }
         rig_close(&there);
     }
+    ac_device_unref(device);
+}
+
+/* Checks belong on the main thread: says whether all was well. */
+static void *
+call_often(void *expected)
+{
+    static char good;
+    float out[COUNT];
+    bool same = true;
+    for (int run = 0; run < 30; run++) {
+        memset(out, 0, sizeof out);
+        same = call(&there, SIZE, (ac_stream){0}, true, out) == AC_OK &&
+               memcmp(out, expected, sizeof out) == 0 && same;
+    }
+    return same ? &good : NULL;
+}
+
+/* Two lanes over one set of weights, one of them recording while the other runs. */
+static void
+threads_run_at_once(void)
+{
+    static float expected[COUNT];
+    pthread_t thread[3];
+    ac_device *device = open_gpu();
+    if (!device) {
+        return;
+    }
+    rig_open(&there, "cuda", AC_F32);
+    CHECK_OK(call(&there, SIZE, (ac_stream){0}, true, expected));
+    for (int i = 0; i < 3; i++) {
+        CHECK(pthread_create(&thread[i], NULL, call_often, expected) == 0);
+    }
+    for (int i = 0; i < 3; i++) {
+        void *good;
+        CHECK(pthread_join(thread[i], &good) == 0 && good);
+    }
+    rig_close(&there);
     ac_device_unref(device);
 }
 
@@ -450,6 +489,6 @@ two_hundred_runs_leave_memory_flat(void)
 }
 
 TEST_MAIN(TEST(callers_streams_are_followed), TEST(replays_are_the_same_bits),
-          TEST(a_second_gpu_gives_the_same_bits), TEST(loops_agree),
+          TEST(threads_run_at_once), TEST(a_second_gpu_gives_the_same_bits), TEST(loops_agree),
           TEST(samplers_are_the_same_bits), TEST(too_large_a_size_is_refused),
           TEST(two_hundred_runs_leave_memory_flat))
