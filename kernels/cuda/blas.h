@@ -26,7 +26,8 @@ typedef struct ac_blas_key {
 typedef struct ac_blas_call {
     ac_lane *lane;
     ac_cuda_libraries *libraries;
-    const void *x, *weight, *bias, *residual; /* the last two as the key says; residual may be out */
+    const void *x, *weight;
+    const void *bias, *residual; /* as the key says; residual may be out */
     void *out;
     void *workspace; /* AC_BLAS_WORKSPACE */
     float factor;

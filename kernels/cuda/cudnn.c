@@ -168,7 +168,7 @@ ac_dnn_add(ac_dnn_graph *g, ac_dnn_descriptor a, ac_dnn_descriptor b, ac_dnn_des
 /* A configuration, made a plan when it is first tried. */
 typedef struct way {
     ac_dnn_descriptor configuration, plan;
-    bool failed;
+    bool failed, compiled; /* compiled: at run time */
     char name[AC_TUNE_WAY];
 } way;
 
@@ -324,6 +324,7 @@ take(problem *p, ac_dnn_descriptor configuration, int32_t *compiled)
         *compiled += needs_compiler;
         way *w = &p->ways[p->count++];
         w->configuration = configuration;
+        w->compiled = needs_compiler;
         name_knobs(configuration, index, w->name);
     }
     return fits;
@@ -393,20 +394,95 @@ typedef struct trial {
     problem *problem;
 } trial;
 
+static void
+key_text(const ac_dnn_key *key, char text[AC_TUNE_KEY])
+{
+    int used = snprintf(text, AC_TUNE_KEY, "cuDNN %zu %s %s", dnn.version,
+                        key->kind == AC_DNN_CONV ? "conv" : "attention",
+                        ac_dtype_name((ac_dtype)key->dtype));
+    for (size_t i = 0; i < AC_ARRAY_LEN(key->value) && used < AC_TUNE_KEY; i++) {
+        used += snprintf(text + used, (size_t)(AC_TUNE_KEY - used), " %lld",
+                         (long long)key->value[i]);
+    }
+}
+
+/* A new plan from `attribute`: a configuration, or the JSON of an earlier one. */
+static cudnnStatus_t
+new_plan(ac_cuda_dnn *d, cudnnBackendAttributeName_t attribute, cudnnBackendAttributeType_t type,
+         int64_t count, const void *values, ac_dnn_descriptor *plan)
+{
+    cudnnStatus_t status = dnn.BackendCreateDescriptor(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR,
+                                                       plan);
+    status = status ? status
+                    : dnn.BackendSetAttribute(*plan, CUDNN_ATTR_EXECUTION_PLAN_HANDLE,
+                                              CUDNN_TYPE_HANDLE, 1, &d->handle);
+    status = status ? status : dnn.BackendSetAttribute(*plan, attribute, type, count, values);
+    status = status ? status : dnn.BackendFinalize(*plan);
+    if (status) {
+        destroy(plan);
+    }
+    return status;
+}
+
+/* Where a compiled plan is kept; false: nowhere. */
+static bool
+store_title(const trial *t, const way *w, const char **folder, char *title, size_t size)
+{
+    char text[AC_TUNE_KEY];
+    const char *device;
+    *folder = w->compiled ? ac_tune_folder(*ac_cuda_libraries_slot(t->call->lane), &device) : NULL;
+    if (*folder) {
+        key_text(&t->problem->key, text);
+        snprintf(title, size, "%s: %s %s", device, text, w->name);
+    }
+    return *folder != NULL;
+}
+
+static void
+store_plan(const char *folder, const char *title, ac_dnn_descriptor plan)
+{
+    int64_t length = 0;
+    char *json;
+    if (dnn.BackendGetAttribute(plan, CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION,
+                                CUDNN_TYPE_CHAR, 0, &length, NULL) ||
+        length <= 0 || ac_cuda_heap((size_t)length, (void **)&json) < 0) {
+        return;
+    }
+    if (!dnn.BackendGetAttribute(plan, CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION,
+                                 CUDNN_TYPE_CHAR, length, &length, json)) {
+        ac_dnn_store_write(folder, title, json, (size_t)length);
+    }
+    ac_cuda_host->free(json);
+}
+
+static cudnnStatus_t
+load_or_make(trial *t, way *w)
+{
+    const char *folder;
+    char title[AC_TUNE_KEY + AC_TUNE_WAY + 80], *json;
+    size_t length;
+    bool stored = store_title(t, w, &folder, title, sizeof title);
+    if (stored && ac_dnn_store_read(folder, title, &json, &length)) {
+        cudnnStatus_t status = new_plan(t->dnn, CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION,
+                                        CUDNN_TYPE_CHAR, (int64_t)length, json, &w->plan);
+        ac_cuda_host->free(json);
+        if (status == CUDNN_STATUS_SUCCESS) {
+            return status;
+        }
+    }
+    cudnnStatus_t status = new_plan(t->dnn, CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG,
+                                    CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &w->configuration, &w->plan);
+    if (!status && stored) {
+        store_plan(folder, title, w->plan);
+    }
+    return status;
+}
+
 static ac_status
 make_plan(trial *t, way *w)
 {
     int64_t bytes = 0, one;
-    cudnnStatus_t status = dnn.BackendCreateDescriptor(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR,
-                                                       &w->plan);
-    status = status ? status
-                    : dnn.BackendSetAttribute(w->plan, CUDNN_ATTR_EXECUTION_PLAN_HANDLE,
-                                              CUDNN_TYPE_HANDLE, 1, &t->dnn->handle);
-    status = status ? status
-                    : dnn.BackendSetAttribute(w->plan, CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG,
-                                              CUDNN_TYPE_BACKEND_DESCRIPTOR, 1,
-                                              &w->configuration);
-    status = status ? status : dnn.BackendFinalize(w->plan);
+    cudnnStatus_t status = load_or_make(t, w);
     status = status ? status
                     : dnn.BackendGetAttribute(w->plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE,
                                               CUDNN_TYPE_INT64, 1, &one, &bytes);
@@ -466,18 +542,6 @@ name_way(const void *context, int32_t i, char name[AC_TUNE_WAY])
 {
     const trial *t = context;
     snprintf(name, AC_TUNE_WAY, "%s", i == t->problem->count ? "own" : t->problem->ways[i].name);
-}
-
-static void
-key_text(const ac_dnn_key *key, char text[AC_TUNE_KEY])
-{
-    int used = snprintf(text, AC_TUNE_KEY, "cuDNN %zu %s %s", dnn.version,
-                        key->kind == AC_DNN_CONV ? "conv" : "attention",
-                        ac_dtype_name((ac_dtype)key->dtype));
-    for (size_t i = 0; i < AC_ARRAY_LEN(key->value) && used < AC_TUNE_KEY; i++) {
-        used += snprintf(text + used, (size_t)(AC_TUNE_KEY - used), " %lld",
-                         (long long)key->value[i]);
-    }
 }
 
 /* The choice, and the problem done with it once; a choice that fails is followed by the others in

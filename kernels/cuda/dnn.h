@@ -69,4 +69,8 @@ bool ac_dnn_found(int32_t minor);
 /* Locks by itself. */
 ac_status ac_dnn_run(const ac_dnn_call *call);
 
+/* cudnn_store.c: a plan's JSON under a title of one line.  The caller frees *json. */
+bool ac_dnn_store_read(const char *folder, const char *title, char **json, size_t *length);
+void ac_dnn_store_write(const char *folder, const char *title, const char *json, size_t length);
+
 #endif

@@ -19,7 +19,8 @@ typedef struct entry {
 struct ac_tune {
     bool off;
     char device[64];
-    char path[600]; /* empty: no file */
+    char folder[560]; /* empty: no files */
+    char path[600];   /* of the choices; empty: no file */
     entry *entries; /* of all devices that the file knows */
     int32_t count, capacity;
 };
@@ -141,12 +142,11 @@ write_file(ac_tune *tune)
 }
 
 static ac_status
-open_tune(const ac_lane *lane, ac_cuda_libraries *libraries)
+open_tune(ac_cuda_libraries *libraries)
 {
     static struct cudaDeviceProp properties; /* 1 KB; under the libraries' lock */
     const char *how = getenv("ACCEL_TUNE"), *cache = getenv("ACCEL_CACHE"), *home = getenv("HOME");
     int device;
-    (void)lane;
     if (libraries->tune) {
         return AC_OK;
     }
@@ -161,11 +161,25 @@ open_tune(const ac_lane *lane, ac_cuda_libraries *libraries)
         return AC_OK;
     }
     if (cache && *cache) {
-        snprintf(tune->path, sizeof tune->path, "%.500s/cuda-1.txt", cache);
+        snprintf(tune->folder, sizeof tune->folder, "%.500s", cache);
     } else if (home && *home) {
-        snprintf(tune->path, sizeof tune->path, "%.500s/.cache/accel/cuda-1.txt", home);
+        snprintf(tune->folder, sizeof tune->folder, "%.500s/.cache/accel", home);
+    }
+    if (*tune->folder) {
+        snprintf(tune->path, sizeof tune->path, "%s/cuda-1.txt", tune->folder);
     }
     return read_file(tune);
+}
+
+const char *
+ac_tune_folder(ac_cuda_libraries *libraries, const char **device)
+{
+    if (open_tune(libraries) < 0 || !*libraries->tune->folder) {
+        return NULL;
+    }
+    make_folders(libraries->tune->path);
+    *device = libraries->tune->device;
+    return libraries->tune->folder;
 }
 
 /* ---- measuring ------------------------------------------------------------------------------- */
@@ -262,7 +276,7 @@ ac_tune_choose(ac_lane *lane, ac_cuda_libraries *libraries, const ac_tune_ways *
     entry e = {.microseconds = 0.0};
     enum cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
     *best = 0;
-    AC_TRY(open_tune(lane, libraries));
+    AC_TRY(open_tune(libraries));
     ac_tune *tune = libraries->tune;
     if (tune->off || ways->count < 2) {
         return AC_OK;

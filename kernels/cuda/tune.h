@@ -36,6 +36,9 @@ typedef struct ac_tune_ways {
 ac_status ac_tune_choose(ac_lane *lane, ac_cuda_libraries *libraries, const ac_tune_ways *ways,
                          int32_t *best);
 
+/* Where files are kept that later processes may use, and the device's name; NULL: nowhere. */
+const char *ac_tune_folder(ac_cuda_libraries *libraries, const char **device);
+
 #ifdef __cplusplus
 }
 #endif

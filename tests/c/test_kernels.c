@@ -418,7 +418,8 @@ check_setup(const ac_backend *backend, void *self, const ac_caps *caps, const se
     for (const ac_kernel *const *k = backend->kernels; *k; k++) {
         bool plain = cpu && *k == plain_kernel(s->c->op);
         const ac_kernel *tested = *k;
-        if (tested->op != s->c->op || !strstr(tested->name, o->kernel) || (plain && (s->c->real || s->family != RANDOM)) ||
+        if (tested->op != s->c->op || !strstr(tested->name, o->kernel) ||
+            (plain && (s->c->real || s->family != RANDOM)) ||
             (o->quick && (strstr(tested->name, "cublas") || strstr(tested->name, "cudnn")))) {
             continue;
         }
