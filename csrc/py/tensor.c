@@ -131,8 +131,8 @@ consume(ac_py_state *state, PyObject *capsule, const char *what, ac_py_view *out
     return -1;
 }
 
-/* Asks for the device before the data, so that a tensor that lies elsewhere is refused without being
- * touched.  1: on a GPU, and `any` memory will do; 0: in host memory. */
+/* Asks for the device before the data, so that a tensor that lies elsewhere is refused untouched.
+ * 1: on a GPU, and `any` memory will do; 0: in host memory. */
 static int
 check_device(ac_py_state *state, PyObject *object, const char *what, bool any)
 {

@@ -351,8 +351,8 @@ static PyMethodDef methods[] = {
     {"dtypes", weights_dtypes, METH_NOARGS,
      PyDoc_STR("dtypes()\n--\n\nElements by dtype.")},
     {"derived", weights_derived, METH_NOARGS,
-     PyDoc_STR("derived()\n--\n\nWhat accel made of them: key, bytes (0: none of its own), sources, "
-               "valid, borrowed (the sources' memory has this form).")},
+     PyDoc_STR("derived()\n--\n\nWhat accel made of them: key, bytes (0: none of its own), "
+               "sources, valid, borrowed (the sources' memory has this form).")},
     {"check", weights_check, METH_NOARGS,
      PyDoc_STR("check()\n--\n\nNotices sources changed in place; how many derived weights that "
                "concerns.")},
