@@ -11,6 +11,7 @@
 #include "vector.cuh"
 
 static constexpr int MOST_GROUPS = 128; /* of a tile */
+static constexpr int AHEAD = 4;         /* vectors that a thread loads before it writes one */
 
 struct image {
     const void *data;
@@ -181,16 +182,27 @@ apply_kernel(const __grid_constant__ job g)
     int64_t from = blockIdx.x * g.run, to = min(from + g.run, g.pixels), step;
     const T *x = at.source(g, &step);
     T *y = (T *)g.y.data + at.n * g.y.n + at.c;
-#pragma unroll 4
-    for (int64_t pixel = from + at.y; pixel < to; pixel += at.height) {
-        float v[N];
-        ac_load_wide<T>(v, x + pixel * step);
+    for (int64_t pixel = from + at.y; pixel < to; pixel += (int64_t)AHEAD * at.height) {
+        uint4 raw[AHEAD]; /* loads in flight: the compiler does not move one before a store */
 #pragma unroll
-        for (int e = 0; e < N; e++) {
-            float z = (v[e] + shift[e] - mean[e]) * by[e] + beta[e];
-            v[e] = ac_act_apply(g.act, z) * g.scale;
+        for (int i = 0; i < AHEAD; i++) {
+            if (pixel + i * at.height < to) {
+                raw[i] = *(const uint4 *)(x + (pixel + i * at.height) * step);
+            }
         }
-        ac_store_wide<T>(y + pixel * g.y.pixel, v);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            float v[N];
+            ac_unpack_wide<T>(v, raw[i]);
+#pragma unroll
+            for (int e = 0; e < N; e++) {
+                float z = (v[e] + shift[e] - mean[e]) * by[e] + beta[e];
+                v[e] = ac_act_apply(g.act, z) * g.scale;
+            }
+            if (pixel + i * at.height < to) {
+                ac_store_wide<T>(y + (pixel + i * at.height) * g.y.pixel, v);
+            }
+        }
     }
 }
 

@@ -9,14 +9,20 @@ template <typename T> static constexpr int ac_wide = 16 / (int)sizeof(T);
 
 template <typename T>
 __device__ static inline void
-ac_load_wide(float (&to)[ac_wide<T>], const T *from)
+ac_unpack_wide(float (&to)[ac_wide<T>], uint4 raw)
 {
-    uint4 raw = *(const uint4 *)from;
     const T *cells = (const T *)&raw;
 #pragma unroll
     for (int i = 0; i < ac_wide<T>; i++) {
         to[i] = (float)cells[i];
     }
+}
+
+template <typename T>
+__device__ static inline void
+ac_load_wide(float (&to)[ac_wide<T>], const T *from)
+{
+    ac_unpack_wide<T>(to, *(const uint4 *)from);
 }
 
 template <typename T>
