@@ -102,6 +102,14 @@ real_cuda_cases(case_list *list)
         c->attr.conv2d = (ac_conv2d_attr){1, 1, 1, 1, 1, AC_ACT_NONE};
         c->real = true;
     }
+    static const int32_t up[][3] = {{2, 32, 640}, {2, 16, 1280}, {2, 32, 1280}, {1, 128, 512},
+                                    {1, 256, 512}, {1, 256, 256}};
+    for (size_t i = 0; i < AC_ARRAY_LEN(up); i++) {
+        const int32_t *s = up[i];
+        CASE(list, AC_OP_UP_CONV2D, AC_SHAPE(s[0], s[1], s[1], s[2]),
+             AC_SHAPE(4, s[2], s[2], 2, 2), AC_SHAPE(s[2]))
+            ->real = true;
+    }
     static const int32_t attention[][5] = {{2, 4096, 4096, 10, 64}, {2, 4096, 77, 10, 64},
                                            {2, 1024, 77, 20, 64},  {1, 16384, 16384, 1, 512}};
     for (size_t i = 0; i < AC_ARRAY_LEN(attention); i++) {

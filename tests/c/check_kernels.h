@@ -207,6 +207,22 @@ narrow_conv(ac_problem *p, const int64_t at[4])
     attr->stride = 1;
 }
 
+/* Output pixel (y, x) of an up_conv2d is one of a 2x2 convolution, by the filter of its phase. */
+static inline void
+narrow_up_conv(ac_problem *p, const int64_t at[4])
+{
+    ac_tensor *w = &p->input[AC_CONV_W];
+    int32_t odd_y = (int32_t)(at[1] & 1), odd_x = (int32_t)(at[2] & 1);
+    ac_act act = p->attr.up_conv2d.act;
+    narrow(w, 0, 2 * odd_y + odd_x, 1);
+    w->shape.rank = 4;
+    memmove(w->shape.dim, w->shape.dim + 1, 4 * sizeof *w->shape.dim);
+    memmove(w->stride, w->stride + 1, 4 * sizeof *w->stride);
+    p->op = AC_OP_CONV2D;
+    p->attr.conv2d = (ac_conv2d_attr){1, 1 - odd_y, 1 - odd_x, odd_y, odd_x, act};
+    narrow_conv(p, (const int64_t[]){at[0], at[1] / 2, at[2] / 2, at[3]});
+}
+
 /* Of two halves of a dimension, the same element. */
 static inline void
 narrow_halves(ac_tensor *t, int dimension, int64_t at)
@@ -241,6 +257,12 @@ narrow_problem(ac_problem *p, int64_t row, int64_t column)
         const int64_t *dim = p->output.shape.dim;
         narrow_conv(p, (int64_t[]){row / dim[2] / dim[1], row / dim[2] % dim[1], row % dim[2],
                                    column});
+        return true;
+    }
+    if (p->op == AC_OP_UP_CONV2D && !ac_operand(p, AC_CONV_RESIDUAL)) {
+        const int64_t *dim = p->output.shape.dim;
+        narrow_up_conv(p, (int64_t[]){row / dim[2] / dim[1], row / dim[2] % dim[1], row % dim[2],
+                                      column});
         return true;
     }
     if (p->op == AC_OP_ATTENTION && !p->attr.attention.causal) {
