@@ -76,6 +76,11 @@ def _are_joined(parameters):
     return True
 
 
+def give_back():
+    """The memory that parameters were moved from, as far as nothing else lies between."""
+    torch.cuda.empty_cache()
+
+
 def separate(parameters):
     """Gives every parameter contiguous memory of its own again."""
     for p in parameters:

@@ -70,6 +70,7 @@ class Native:
         self.signatures = {m: inspect.signature(getattr(module, m)) for m in calls.methods}
         self.active = 0        # runs without the lock
         self.last_args = None
+        self.text = None       # the config that `reference` was built from
         self.keys = {}         # config -> keys of the derived weights of a plan
         self.laid = set()      # the engine's names of parameters that torch_layout moved
         self._forget()
@@ -121,7 +122,7 @@ class Native:
 
         if self.watch is None or self.watch.changed(module):
             text = config_text(module)
-            if self.watch is None or text != self.text:
+            if text != self.text:
                 self._forget()
                 self.text, self.reference = text, reference(module)
             watch = Watch(module, self.reference)
@@ -255,6 +256,8 @@ class Native:
         for i in self.watch.moved():
             self._bind(i)
         self.prompts.clear()
+        if self.watch.device.type == "cuda":
+            torch_layout.give_back()
 
     # ---- for the loop of a pipeline --------------------------------------------------------------
 
