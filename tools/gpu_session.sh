@@ -54,8 +54,8 @@ piece_check() {
 
 # Full-size networks against PyTorch in float32, one file after the other, so that each has a log.
 piece_parity() {
-    for what in unet vae clip pictures; do
-        part parity_$what 240 "$PYTHON" -m pytest -q -s -p no:cacheprovider tests/gpu/test_gpu_$what.py
+    for file in tests/gpu/test_*.py; do
+        part parity_$(basename "$file" .py) 200 "$PYTHON" -m pytest -q -s -p no:cacheprovider "$file"
     done
     grep -h "^PARITY\|^PICTURES" "$OUT"/parity_*.log >"$OUT/parity.txt"
 }
