@@ -82,7 +82,8 @@ cuda-headers: $(PY) ## cuBLASLt's and cuDNN's headers into build/headers, from N
 	@cd build/headers && $(CURDIR)/$(PY) -c 'import glob, zipfile as z; [w.extractall(members=[n for n in w.namelist() if "/include/" in n]) for w in map(z.ZipFile, glob.glob("wheels/*.whl"))]'
 	@rm -rf build/headers/wheels
 
-GPU_TESTS := $(B)/tests/test_seam $(B)/tests/test_cuda $(B)/tests/test_kernels $(B)/tests/test_cuda_models $(B)/tests/test_cuda_engine
+GPU_TESTS := $(B)/tests/test_seam $(B)/tests/test_cuda $(B)/tests/test_kernels $(B)/tests/test_cuda_models $(B)/tests/test_cuda_engine \
+             $(B)/tests/test_cuda_tune
 
 test-gpu: ## the checks that need a GPU; installs nothing
 	$(MAKE) --no-print-directory cuda $(GPU_TESTS)
@@ -91,6 +92,7 @@ test-gpu: ## the checks that need a GPU; installs nothing
 	$(B)/tests/test_cuda
 	$(B)/tests/test_cuda_models
 	$(B)/tests/test_cuda_engine
+	$(B)/tests/test_cuda_tune
 	for dtype in f32 f16 bf16; do $(B)/tests/test_kernels --backend cuda --dtype $$dtype || exit 1; done
 	ACCEL_FORCE_ARCH=75 $(B)/tests/test_kernels --backend cuda --dtype f16
 	$(MAKE) --no-print-directory test-gpu-python

@@ -513,6 +513,7 @@ execute(const ac_dnn_call *c, ac_cuda_dnn *d, ac_dnn_descriptor plan)
                     : dnn.BackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_WORKSPACE,
                                               CUDNN_TYPE_VOID_PTR, 1, &c->workspace);
     status = status ? status : dnn.BackendFinalize(pack);
+    status = status ? status : dnn.SetStream(d->handle, c->lane->stream);
     status = status ? status : dnn.BackendExecute(d->handle, plan, pack);
     destroy(&pack);
     return status;
@@ -571,15 +572,13 @@ first_run(trial *t)
 }
 
 static ac_status
-find_handle(ac_cuda_libraries *libraries, cudaStream_t stream)
+find_handle(ac_cuda_libraries *libraries)
 {
     if (!libraries->dnn) {
         AC_TRY(ac_cuda_heap(sizeof *libraries->dnn, (void **)&libraries->dnn));
     }
-    if (!libraries->dnn->handle) {
-        AC_TRY(check(dnn.Create(&libraries->dnn->handle), "cudnnCreate"));
-    }
-    return check(dnn.SetStream(libraries->dnn->handle, stream), "cudnnSetStream");
+    return libraries->dnn->handle ? AC_OK
+                                  : check(dnn.Create(&libraries->dnn->handle), "cudnnCreate");
 }
 
 static ac_status
@@ -606,7 +605,7 @@ new_problem(trial *t)
 static ac_status
 run(const ac_dnn_call *call, ac_cuda_libraries *libraries)
 {
-    AC_TRY(find_handle(libraries, call->lane->stream));
+    AC_TRY(find_handle(libraries));
     trial t = {.call = call, .dnn = libraries->dnn};
     for (int32_t i = 0; i < t.dnn->count; i++) {
         t.problem = &t.dnn->problems[i];

@@ -184,44 +184,77 @@ ac_tune_folder(ac_cuda_libraries *libraries, const char **device)
 
 /* ---- measuring ------------------------------------------------------------------------------- */
 
+/* A stream of its own, since the caller's may be the one that cannot be captured. */
 typedef struct stopwatch {
+    cudaStream_t stream;
     cudaEvent_t from, to;
 } stopwatch;
 
+/* Some runs as one graph: launches would cost more than small kernels. */
 static ac_status
-time_runs(ac_lane *lane, const ac_tune_ways *ways, int32_t i, int times, stopwatch *watch,
-          float *milliseconds)
+record_runs(ac_lane *lane, const ac_tune_ways *ways, int32_t i, int times,
+            const stopwatch *watch, cudaGraphExec_t *out)
 {
-    AC_CUDA(cudaEventRecord(watch->from, lane->stream));
-    for (int k = 0; k < times; k++) {
+    cudaGraph_t graph = NULL;
+    ac_status status = AC_OK;
+    AC_CUDA(cudaStreamBeginCapture(watch->stream, cudaStreamCaptureModeThreadLocal));
+    lane->recording = true;
+    for (int k = 0; k < times && status == AC_OK; k++) {
+        status = ways->run(ways->context, i);
+    }
+    lane->recording = false;
+    ac_status ended = ac_cuda_check(cudaStreamEndCapture(watch->stream, &graph),
+                                    "cudaStreamEndCapture");
+    status = status < 0 ? status : ended;
+    if (status == AC_OK) {
+        status = ac_cuda_check(cudaGraphInstantiate(out, graph, 0), "cudaGraphInstantiate");
+    }
+    if (graph) {
+        cudaGraphDestroy(graph);
+    }
+    return status;
+}
+
+static ac_status
+time_once(ac_lane *lane, const ac_tune_ways *ways, int32_t i, cudaGraphExec_t graph,
+          const stopwatch *watch, float *milliseconds)
+{
+    AC_CUDA(cudaEventRecord(watch->from, watch->stream));
+    if (graph) {
+        AC_CUDA(cudaGraphLaunch(graph, watch->stream));
+    } else {
         AC_TRY(ways->run(ways->context, i));
     }
-    AC_CUDA(cudaEventRecord(watch->to, lane->stream));
+    AC_CUDA(cudaEventRecord(watch->to, watch->stream));
     AC_TRY(ac_cuda_launched(lane, cudaEventSynchronize(watch->to), "a measured kernel"));
     AC_CUDA(cudaEventElapsedTime(milliseconds, watch->from, watch->to));
-    *milliseconds /= (float)times;
     return AC_OK;
 }
 
 /* The least of a few rounds; one that is far behind `best` gets no second one. */
 static ac_status
-measure(ac_lane *lane, const ac_tune_ways *ways, int32_t i, float best, stopwatch *watch,
+measure(ac_lane *lane, const ac_tune_ways *ways, int32_t i, float best, const stopwatch *watch,
         float *least)
 {
+    cudaGraphExec_t graph = NULL;
     float once;
     *least = INFINITY;
-    AC_TRY(time_runs(lane, ways, i, 1, watch, &once)); /* loads the kernel */
-    AC_TRY(time_runs(lane, ways, i, 1, watch, &once));
-    int times = once > 2.0f ? 1 : once > 0.2f ? 3 : 8;
-    for (int round = 0; round < 3 && (round == 0 || *least < 1.2f * best); round++) {
-        AC_TRY(time_runs(lane, ways, i, times, watch, &once));
-        *least = fminf(*least, once);
+    AC_TRY(time_once(lane, ways, i, NULL, watch, &once)); /* loads the kernel */
+    AC_TRY(time_once(lane, ways, i, NULL, watch, &once));
+    int times = once > 2.0f ? 1 : once > 0.2f ? 4 : 20;
+    AC_TRY(record_runs(lane, ways, i, times, watch, &graph));
+    ac_status status = time_once(lane, ways, i, graph, watch, &once);
+    for (int round = 0; round < 4 && status == AC_OK && (round == 0 || *least < 1.2f * best);
+         round++) {
+        status = time_once(lane, ways, i, graph, watch, &once);
+        *least = status == AC_OK ? fminf(*least, once / (float)times) : INFINITY;
     }
-    return AC_OK;
+    cudaGraphExecDestroy(graph);
+    return status;
 }
 
 static ac_status
-measure_all(ac_lane *lane, const ac_tune_ways *ways, stopwatch *watch, int32_t *best,
+measure_all(ac_lane *lane, const ac_tune_ways *ways, const stopwatch *watch, int32_t *best,
             float *least)
 {
     *least = INFINITY;
@@ -232,7 +265,7 @@ measure_all(ac_lane *lane, const ac_tune_ways *ways, stopwatch *watch, int32_t *
         first = i == 0 ? status : first;
         if (status < 0) { /* that way is out, unless it took the device with it */
             ac_cuda_log(2, "cuda: %s: way %d failed", ways->key, (int)i);
-            AC_TRY(ac_cuda_launched(lane, cudaStreamSynchronize(lane->stream), ways->key));
+            AC_TRY(ac_cuda_launched(lane, cudaStreamSynchronize(watch->stream), ways->key));
         }
         if (status == AC_OK && time < *least) {
             *least = time;
@@ -243,22 +276,35 @@ measure_all(ac_lane *lane, const ac_tune_ways *ways, stopwatch *watch, int32_t *
 }
 
 static ac_status
+measure_there(ac_lane *lane, const ac_tune_ways *ways, stopwatch *watch, int32_t *best,
+              float *least)
+{
+    cudaStream_t before = lane->stream;
+    AC_CUDA(cudaEventCreate(&watch->from));
+    AC_CUDA(cudaEventCreate(&watch->to));
+    AC_CUDA(cudaStreamCreateWithFlags(&watch->stream, cudaStreamNonBlocking));
+    /* What the problem reads is on its way. */
+    AC_TRY(ac_cuda_launched(lane, cudaStreamSynchronize(before), "before a measurement"));
+    lane->stream = watch->stream;
+    ac_status status = measure_all(lane, ways, watch, best, least);
+    lane->stream = before;
+    return status;
+}
+
+static ac_status
 measure_new(ac_lane *lane, ac_tune *tune, const ac_tune_ways *ways, entry *e, int32_t *best)
 {
-    stopwatch watch = {NULL, NULL};
+    stopwatch watch = {NULL, NULL, NULL};
     float least = 0.0f;
-    ac_status status = ac_cuda_check(cudaEventCreate(&watch.from), "cudaEventCreate");
-    if (status == AC_OK) {
-        status = ac_cuda_check(cudaEventCreate(&watch.to), "cudaEventCreate");
-    }
-    if (status == AC_OK) {
-        status = measure_all(lane, ways, &watch, best, &least);
-    }
+    ac_status status = measure_there(lane, ways, &watch, best, &least);
     if (watch.from) {
         cudaEventDestroy(watch.from);
     }
     if (watch.to) {
         cudaEventDestroy(watch.to);
+    }
+    if (watch.stream) {
+        cudaStreamDestroy(watch.stream);
     }
     AC_TRY(status);
     ways->name(ways->context, *best, e->way);
