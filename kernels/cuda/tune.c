@@ -241,10 +241,14 @@ measure(ac_lane *lane, const ac_tune_ways *ways, int32_t i, float best, const st
     *least = INFINITY;
     AC_TRY(time_once(lane, ways, i, NULL, watch, &once)); /* loads the kernel */
     AC_TRY(time_once(lane, ways, i, NULL, watch, &once));
-    int times = once > 2.0f ? 1 : once > 0.2f ? 4 : 20;
+    if (once > 0.1f && once > 1.5f * best) { /* too slow, and not because of its launch */
+        *least = once;
+        return AC_OK;
+    }
+    int times = once > 2.0f ? 1 : once > 0.2f ? 2 : 20;
     AC_TRY(record_runs(lane, ways, i, times, watch, &graph));
     ac_status status = time_once(lane, ways, i, graph, watch, &once);
-    for (int round = 0; round < 4 && status == AC_OK && (round == 0 || *least < 1.2f * best);
+    for (int round = 0; round < 3 && status == AC_OK && (round == 0 || *least < 1.2f * best);
          round++) {
         status = time_once(lane, ways, i, graph, watch, &once);
         *least = status == AC_OK ? fminf(*least, once / (float)times) : INFINITY;
