@@ -163,11 +163,13 @@ class Loop:
 
     def _args(self, conditions):
         """Sizes of the UNet's runs."""
-        batch, tokens, _ = conditions["encoder_hidden_states"].shape
+        states = conditions["encoder_hidden_states"]
+        batch, tokens, _ = states.shape
         ids = conditions.get("time_ids")
         return {"entry": "forward", "batch": batch, "height": self.latents.shape[2],
                 "width": self.latents.shape[3], "tokens": tokens, "timesteps": len(self.table),
-                "loop": True, "time_ids": 0 if ids is None else ids.shape[1]}
+                "loop": True, "time_ids": 0 if ids is None else ids.shape[1],
+                "io_dtype": str(states.dtype).removeprefix("torch.")}
 
     def _denoise(self, native, model, conditions, args):
         first = self.next

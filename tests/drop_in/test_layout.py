@@ -220,6 +220,8 @@ def test_a_pipeline(sd_folder):
     with loop_ran(fast):
         a = draw(fast)
     assert abs(a - draw(plain)).max() < 3e-5
+    # what it was laid out for is what ran
+    assert accel.report(fast)["components"]["unet"]["plans"] == 1
     assert any(joined(fast.unet)) and any(joined(fast.vae))
     accel.decompile(fast)
     for name in ("unet", "vae", "text_encoder"):
