@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from ._core import FileError, FormatError, InvalidArgument
@@ -28,6 +28,43 @@ class TruncationWarning(UserWarning):
 def _content(token):
     """A special token is a string, or an object that has it as "content"."""
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _added(token, special):
+    """A token that is cut out of a text whole, before anything else is done to the text."""
+    if isinstance(token, str):
+        return AddedToken(token, special=special)
+    flags = {f: token[f] for f in ("lstrip", "rstrip", "single_word", "normalized")
+             if isinstance(token.get(f), bool)}
+    return AddedToken(token["content"], special=special, **flags)
+
+
+def _listed_tokens(folder, config):
+    """Tokens of added_tokens_decoder and of added_tokens.json as {id: token}."""
+    found = {}
+    if (folder / "added_tokens.json").is_file():
+        found = {n: token for token, n in read_json(folder / "added_tokens.json").items()}
+    decoder = config.get("added_tokens_decoder")
+    if decoder is not None and not isinstance(decoder, dict):
+        raise FormatError(f"{folder}: added_tokens_decoder: found {json.dumps(decoder):.100}, "
+                          "expected an object of ids and tokens")
+    for number, token in (decoder or {}).items():
+        found[int(number) if number.isdecimal() else number] = token
+    for number, token in found.items():
+        if type(number) is not int or not isinstance(_content(token), str):
+            raise FormatError(f"{folder}: added tokens: found {number!r:.100} for {token!r:.100}, "
+                              "expected a number for a token")
+    return found
+
+
+def _add_listed_tokens(tokenizer, folder, config):
+    for number, token in sorted(_listed_tokens(folder, config).items()):
+        special = isinstance(token, dict) and token.get("special") is True
+        tokenizer.add_tokens([_added(token, special)])
+        now = tokenizer.token_to_id(_content(token))
+        if now != number:
+            raise FormatError(f"{folder}: added token {_content(token)!r:.100}: found id {number}, "
+                              f"expected {now}, the next one or the vocabulary's own")
 
 
 def _max_length(folder, found):
@@ -62,7 +99,6 @@ def _from_vocabulary(folder):
         [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
          pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([t for t in (START, END) if t in vocabulary])
     return tokenizer
 
 
@@ -72,8 +108,8 @@ class Tokenizer:
     Parameters
     ----------
     folder : path
-        With tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json and
-        special_tokens_map.json are read where they are.
+        With tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json,
+        special_tokens_map.json and added_tokens.json are read where they are.
     """
 
     def __init__(self, folder):
@@ -90,6 +126,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         config = self._settings(folder)
+        _add_listed_tokens(self._tokenizer, folder, config)
         self.max_length = _max_length(folder, config.get("model_max_length"))
         self.start = self._id(folder, config, "bos_token", START)
         self.end = self._id(folder, config, "eos_token", END)
@@ -111,6 +148,9 @@ class Tokenizer:
         number = self._tokenizer.token_to_id(text)
         if number is None:
             raise FormatError(f"{folder}: {key}: {json.dumps(text):.100} is not in the vocabulary")
+        if all(t.content != text for t in self._tokenizer.get_added_tokens_decoder().values()):
+            token = config.get(key)
+            self._tokenizer.add_special_tokens([_added(text if token is None else token, True)])
         return number
 
     def pieces(self, text):
@@ -120,7 +160,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of token ids."""
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        ids = [i for i in ids if i not in (self.start, self.end)]
+        text = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text.replace("</w>", " ").strip()
 
     def __call__(self, texts, max_length=None):

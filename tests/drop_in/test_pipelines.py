@@ -4,6 +4,7 @@ The numbers in the names are those of the traps that people fell into with other
 """
 
 import copy
+import json
 import threading
 import warnings
 
@@ -11,7 +12,9 @@ import diffusers
 import dropin
 import numpy as np
 import pytest
+import tiny
 import torch
+import transformers
 from dropin import draw, inputs, pipeline
 
 import accel
@@ -385,15 +388,34 @@ def pipeline_module(pipe):
     return copy.deepcopy(pipe.unet)
 
 
-def test_tokenizers_agree(sd_folder):
+def _tokenizer_folder(folder, which):
+    if which == "added":  # as after loading and saving a textual inversion
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        plain = {"lstrip": False, "rstrip": False, "single_word": False, "special": False}
+        config["added_tokens_decoder"] = {
+            "598": plain | {"content": "<|startoftext|>", "normalized": True, "special": True},
+            "599": plain | {"content": "<|endoftext|>", "normalized": True, "special": True},
+            "600": plain | {"content": "<Cat>", "normalized": True},
+            "601": plain | {"content": "<cat>_1", "normalized": False, "single_word": True}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("which", ["plain", "pad", "added"])
+def test_tokenizers_agree(tmp_path, which):
     from hypothesis import given, settings
     from hypothesis import strategies as st
 
-    ours = accel.Tokenizer(sd_folder / "tokenizer")
-    theirs = pipeline(sd_folder).tokenizer
+    tiny.write_tokenizer(tmp_path / "t", **({"pad": "!"} if which == "pad" else {}))
+    folder = _tokenizer_folder(tmp_path / "t", which)
+    ours, theirs = accel.Tokenizer(folder), transformers.CLIPTokenizer.from_pretrained(folder)
+    special = st.lists(st.sampled_from(
+        ["!", "red", " ", "<cat>", "<Cat>", "<CAT>", "_1", "<|endoftext|>", "<|STARTOFTEXT|>",
+         "the", ".", "\n"]), max_size=9).map("".join)
 
-    @settings(max_examples=200, deadline=None)
-    @given(st.text(max_size=40) | st.text(alphabet="red house 27 THE'sS,.\u00e9\t\n", max_size=40))
+    @settings(max_examples=150, deadline=None)
+    @given(st.text(max_size=40) | special
+           | st.text(alphabet="red house 27 THE'sS,.!\u00e9\t\n", max_size=40))
     def check(text):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

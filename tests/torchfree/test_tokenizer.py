@@ -53,6 +53,25 @@ def test_own_pad(tmp_path):
     assert tokenizer.decode(tokenizer("the")[0, 3:]) == "!" * 13
 
 
+def test_the_sign_to_pad_with_is_one_token_in_a_text_too(tmp_path, tokenizer, words):
+    """As in SDXL's second tokenizer: it is special, so it does not end a word."""
+    tiny.write_tokenizer(tmp_path / "t", pad="!")
+    assert pieces(tokenizer, words, "red!") == ["red</w>", "!</w>"]
+    assert pieces(accel.Tokenizer(tmp_path / "t"), words, "red!") == ["red</w>", "!"]
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens(tmp_path, where):
+    tiny.write_tokenizer(tmp_path / "t")
+    if where == "added_tokens.json":
+        (tmp_path / "t" / where).write_text(json.dumps({"<cat>": 601, "<dog>": 600}))
+    else:
+        config = json.loads((tmp_path / "t" / where).read_text())
+        config["added_tokens_decoder"] = {"601": {"content": "<cat>"}, "600": {"content": "<dog>"}}
+        (tmp_path / "t" / where).write_text(json.dumps(config))
+    assert accel.Tokenizer(tmp_path / "t").pieces("<cat><dog>") == [601, 600]
+
+
 def test_truncation_names_what_is_cut(tokenizer, words):
     text = " ".join("0123456789") + " " + " ".join("01234567")
     with pytest.warns(UserWarning, match="20 tokens .* takes 16; cut: '4 5 6 7'"):
@@ -76,6 +95,11 @@ def test_tokenizer_json_is_the_same(tokenizer, sd_folder, tmp_path):
     ("tokenizer_config.json", '{"pad_token": 3}'),
     ("tokenizer_config.json", '{"eos_token": ["a"]}'),
     ("special_tokens_map.json", '{"bos_token": {"content": 1.5}}'),
+    ("added_tokens.json", '{"<cat>": 700}'), ("added_tokens.json", '{"<cat>": "a"}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": 3}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"600": 3}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<cat>"}}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"5": {"content": "<cat>"}}}'),
     ("tokenizer_config.json", '{"model_max_length": -1e30}'),
     ("tokenizer_config.json", '{"model_max_length": 1}'),
     ("tokenizer_config.json", '{"model_max_length": 7.5}'),
