@@ -6,9 +6,13 @@
  * bias before residual, or an activation after them, means one that is compiled at run time and 20
  * to 40 % slower.  So activations are left to gemm_mma.cu, and tensors with gaps, which would cost
  * a copy; tune.c compares with it where both can.  Beyond 2^31 elements the images go in several
- * parts. */
+ * parts.
+ *
+ * up_conv2d: the four phases as one 2x2 convolution with four times the channels, padded by one all
+ * around; each phase reads its own of the (h + 1) x (w + 1) results, which a kernel interleaves. */
 #include "dnn.h"
 #include "gemm.h"
+#include "interleave.h"
 #include "list.h"
 
 #include <string.h>
@@ -246,6 +250,135 @@ launch(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared)
     }
     return AC_OK;
 }
+
+/* ---- phases ---------------------------------------------------------------------------------- */
+
+#define PHASE_BYTES ((size_t)128 << 20) /* of all phases in scratch at once, or of one image */
+
+static void
+phases_key(const ac_problem *p, ac_dnn_key *key)
+{
+    const ac_tensor *x = &p->input[AC_CONV_X];
+    memset(key, 0, sizeof *key);
+    key->kind = AC_DNN_CONV;
+    key->dtype = p->output.dtype;
+    int64_t *v = key->value;
+    v[IMAGES] = x->shape.dim[0];
+    v[HEIGHT] = x->shape.dim[1];
+    v[WIDTH] = x->shape.dim[2];
+    v[C_IN] = x->shape.dim[3];
+    v[OUT_HEIGHT] = v[HEIGHT] + 1;
+    v[OUT_WIDTH] = v[WIDTH] + 1;
+    v[C_OUT] = 4 * p->output.shape.dim[3];
+    v[KERNEL_H] = v[KERNEL_W] = 2;
+    v[STRIDE] = v[TOP] = v[LEFT] = v[BOTTOM] = v[RIGHT] = 1;
+    v[HAS_BIAS] = ac_operand(p, AC_CONV_B) != NULL;
+}
+
+static size_t
+phase_bytes(const ac_dnn_key *key, int64_t images)
+{
+    const int64_t *v = key->value;
+    return ac_align_up((size_t)(images * v[OUT_HEIGHT] * v[OUT_WIDTH] * v[C_OUT]) *
+                           ac_dtype_size((ac_dtype)key->dtype), 256);
+}
+
+static int64_t
+phase_images(const ac_dnn_key *key)
+{
+    int64_t most = (int64_t)(PHASE_BYTES / phase_bytes(key, 1));
+    return AC_MIN(AC_MAX(most, 1), AC_MIN(images_at_once(key->value), key->value[IMAGES]));
+}
+
+static bool
+supports_phases(const ac_problem *p, const ac_caps *caps)
+{
+    ac_gemm g;
+    ac_dnn_key key;
+    ac_dtype dtype = p->output.dtype;
+    if (ac_operand(p, AC_CONV_RESIDUAL) || p->attr.up_conv2d.act != AC_ACT_NONE ||
+        !ac_conv_gemm(p, NULL, &g) || !ac_gemm_mma_fits(&g, caps->isa) ||
+        ac_tensor_count(&p->output) < 1) {
+        return false; /* f16 and bf16, channels in eights; what fails here goes to gemm_mma.cu */
+    }
+    if (!whole(&p->input[AC_CONV_X], dtype) || !whole(&p->output, dtype) ||
+        !whole(ac_operand(p, AC_CONV_B), dtype) || !whole(&p->input[AC_CONV_W], dtype) ||
+        p->output.shape.dim[3] % 8 != 0) {
+        return false;
+    }
+    phases_key(p, &key);
+    return images_at_once(key.value) > 0 && ac_dnn_found(0);
+}
+
+static size_t
+phases_scratch(const ac_problem *p, const ac_caps *caps)
+{
+    ac_dnn_key key;
+    (void)caps;
+    phases_key(p, &key);
+    return WORKSPACE + phase_bytes(&key, phase_images(&key)) +
+           ac_align_up((size_t)key.value[C_OUT] * ac_dtype_size((ac_dtype)key.dtype), 256);
+}
+
+/* x, y: of the first of these images. */
+static ac_status
+run_phases(ac_lane *lane, const ac_dnn_key *key, const ac_gemm *g, int64_t first, int64_t count,
+           char *scratch)
+{
+    const int64_t *v = key->value;
+    char *all = scratch + WORKSPACE, *bias = all + phase_bytes(key, phase_images(key));
+    int64_t channels = v[C_OUT] / 4;
+    const void *x = image_at(g->x[0].data, first * v[HEIGHT] * v[WIDTH] * v[C_IN], key->dtype);
+    ac_dnn_call call = {.lane = lane, .key = *key, .describe = describe, .workspace = scratch,
+                        .workspace_bytes = WORKSPACE, .id = {X, W, Y, B},
+                        .address = {x, g->weight, all, bias},
+                        .n_operands = v[HAS_BIAS] ? 4 : 3};
+    call.key.value[IMAGES] = count;
+    AC_TRY(ac_dnn_run(&call));
+    ac_interleave i = {.from = all, .dtype = (ac_dtype)key->dtype, .images = count,
+                       .height = (int32_t)v[HEIGHT], .width = (int32_t)v[WIDTH],
+                       .channels = channels,
+                       .to = (void *)image_at(g->out.data, first * 4 * v[HEIGHT] * v[WIDTH] *
+                                                               channels, key->dtype)};
+    return ac_cuda_interleave(lane, &i);
+}
+
+static ac_status
+launch_phases(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared)
+{
+    ac_dnn_key key;
+    ac_gemm g;
+    if (!prepared) { /* not a weight */
+        ac_gemm_of(p, &g);
+        return ac_cuda_gemm_plain(lane, &g);
+    }
+    ac_conv_gemm(p, prepared, &g);
+    if (!aligned(&g)) {
+        return run_own(lane, &g);
+    }
+    phases_key(p, &key);
+    int64_t step = phase_images(&key), images = key.value[IMAGES];
+    if (g.bias) { /* one for each phase */
+        char *bias = (char *)scratch + WORKSPACE + phase_bytes(&key, step);
+        AC_TRY(ac_cuda_repeat(lane, bias, g.bias, key.value[C_OUT] / 4, 4, (ac_dtype)key.dtype));
+    }
+    ac_status status = AC_OK;
+    for (int64_t first = 0; first < images && status == AC_OK; first += step) {
+        status = run_phases(lane, &key, &g, first, AC_MIN(step, images - first), scratch);
+    }
+    return status == AC_E_UNSUPPORTED ? run_own(lane, &g) : status;
+}
+
+const ac_kernel ac_cuda_up_conv2d_cudnn = {
+    .name = "cuda.up_conv2d.cudnn",
+    .op = AC_OP_UP_CONV2D,
+    .supports = supports_phases,
+    .scratch = phases_scratch,
+    .prepared_bytes = ac_conv_prepared_bytes,
+    .prepare = ac_conv_prepare,
+    .form = AC_FORM_OHWI,
+    .launch = launch_phases,
+};
 
 const ac_kernel ac_cuda_conv2d_cudnn = {
     .name = "cuda.conv2d.cudnn",

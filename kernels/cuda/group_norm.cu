@@ -8,8 +8,8 @@
  * mean; they are then merged pairwise (Chan et al. 1979) in an order that depends on the sizes
  * alone.  Neighbouring threads read neighbouring channels.
  *
- * Where channels lie side by side in 16-byte groups, a thread keeps such a vector of them, and reads
- * and writes whole vectors; other tensors go one element a thread.
+ * Where channels lie side by side in 16-byte groups, a thread keeps such a vector of them and moves
+ * whole vectors; other tensors go one element a thread.
  * Bound: memory, two reads and one write of the tensor. */
 #include "element.cuh"
 #include "list.h"

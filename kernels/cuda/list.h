@@ -51,7 +51,8 @@ extern "C" {
 #define AC_CUDA_BLAS_ATTENTION(X)
 #endif
 #ifdef AC_HAVE_CUDNN
-#define AC_CUDA_DNN_KERNELS(X) X(ac_cuda_conv2d_cudnn) X(ac_cuda_attention_cudnn)
+#define AC_CUDA_DNN_KERNELS(X)                                                                     \
+    X(ac_cuda_conv2d_cudnn) X(ac_cuda_up_conv2d_cudnn) X(ac_cuda_attention_cudnn)
 #else
 #define AC_CUDA_DNN_KERNELS(X)
 #endif

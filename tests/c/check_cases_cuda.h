@@ -30,6 +30,12 @@ aligned_cases(case_list *list)
             }
         }
     }
+    static const int32_t up[][5] = {{1, 1, 1, 8, 8}, {2, 5, 7, 16, 24}, {3, 9, 8, 40, 8}};
+    for (size_t i = 0; i < 2 * AC_ARRAY_LEN(up); i++) {
+        const int32_t *s = up[i / 2];
+        CASE(list, AC_OP_UP_CONV2D, AC_SHAPE(s[0], s[1], s[2], s[3]), AC_SHAPE(4, s[4], s[3], 2, 2),
+             i & 1 ? AC_SHAPE(s[4]) : absent);
+    }
     for (int variant = 0; variant < 6; variant++) { /* 128 x 128 tiles, with edges */
         int64_t m = 1300, n = 1288, k = 72;
         bool gated = variant == 2, two = variant == 3;
