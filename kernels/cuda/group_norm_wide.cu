@@ -2,10 +2,10 @@
  *
  *     statistics of pieces --scratch--> the result; each block merges the pieces of its groups
  *
- * A block takes some pixels of a tile of channels, whole groups and whole vectors of at least 64
- * channels; a thread keeps one vector's channels.  Sums run around a thread's own first value,
- * which loses no digits to a large mean, and are merged (Chan et al. 1979) in an order that depends
- * on the sizes alone.
+ * A block takes some pixels of a tile of channels: whole vectors, 64 channels at least, and a group
+ * for each warp that merges; a thread keeps one vector's channels.  Sums run around a thread's own
+ * first value, which loses no digits to a large mean, and are merged (Chan et al. 1979) in an order
+ * that depends on the sizes alone.
  * Bound: memory, two reads and one write of the tensor. */
 #include "list.h"
 #include "vector.cuh"
@@ -18,12 +18,19 @@ struct image {
     int64_t n, pixel; /* strides */
 };
 
+/* One number a channel; `wide`: read by whole vectors. */
+struct row {
+    ac_cells cells;
+    int64_t stride;
+    bool wide;
+};
+
 struct job {
     image x, x2, y;
     int64_t pixels, piece, run; /* of a block: in the first kernel, in the second */
     int32_t c1, channels, groups, group_channels, tile, pieces;
-    ac_cells gamma, beta, shift;
-    int64_t gamma_stride, beta_stride, shift_n, shift_c;
+    row gamma, beta, shift;
+    int64_t shift_n;
     float eps, scale;
     ac_act act;
     float3 *parts; /* [image][group][piece]: count, mean, sum of squares around it */
@@ -82,10 +89,19 @@ template <typename T> struct place {
     }
 };
 
-__device__ static inline float
-shift_of(const job &g, int64_t n, int32_t c)
+/* Single loads come one after the other: eight of them take longer than the rest of a block. */
+template <typename T>
+__device__ static inline void
+load_row(float (&to)[ac_wide<T>], const row &r, int64_t base, int32_t c)
 {
-    return g.shift.data ? ac_load(g.shift, n * g.shift_n + c * g.shift_c) : 0.0f;
+    if (r.wide) {
+        ac_load_wide<T>(to, (const T *)r.cells.data + base + c);
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < ac_wide<T>; e++) {
+        to[e] = r.cells.data ? ac_load(r.cells, base + (c + e) * r.stride) : 0.0f;
+    }
 }
 
 /* grid: pieces, tiles of channels, images */
@@ -100,10 +116,7 @@ parts_kernel(const __grid_constant__ job g)
     if (at.active) {
         float shift[N], pivot[N] = {}, sum[N] = {}, squares[N] = {}, count = 0.0f;
         const T *x = at.source(g, &step);
-#pragma unroll
-        for (int e = 0; e < N; e++) {
-            shift[e] = shift_of(g, at.n, at.c + e);
-        }
+        load_row<T>(shift, g.shift, at.n * g.shift_n, at.c);
         if (from + at.y < to) {
             ac_load_wide<T>(pivot, x + (from + at.y) * step);
         }
@@ -146,6 +159,16 @@ parts_kernel(const __grid_constant__ job g)
     }
 }
 
+/* Exponential and division are as long as the memory takes; the fast ones are good to more digits
+ * than a half has. */
+template <typename T>
+__device__ static inline float
+finish(ac_act act, float v)
+{
+    bool fast = sizeof(T) == 2 && act == AC_ACT_SILU;
+    return fast ? __fdividef(v, 1.0f + __expf(-v)) : ac_act_apply(act, v);
+}
+
 /* grid: runs of pixels, tiles of channels, images */
 template <typename T>
 __global__ static void __launch_bounds__(AC_THREADS)
@@ -154,6 +177,12 @@ apply_kernel(const __grid_constant__ job g)
     constexpr int N = ac_wide<T>;
     __shared__ float2 moments[MOST_GROUPS]; /* mean, 1 / sqrt(variance + eps) */
     place<T> at(g);
+    float shift[N], mean[N], by[N], beta[N];
+    if (at.active) { /* before the wait for the moments */
+        load_row<T>(shift, g.shift, at.n * g.shift_n, at.c);
+        load_row<T>(by, g.gamma, 0, at.c);
+        load_row<T>(beta, g.beta, 0, at.c);
+    }
     int groups = at.width * N / g.group_channels, group0 = at.c0 / g.group_channels;
     for (int group = threadIdx.x / 32; group < groups; group += AC_THREADS / 32) {
         const float3 *parts = g.parts + (at.n * g.groups + group0 + group) * g.pieces;
@@ -170,14 +199,11 @@ apply_kernel(const __grid_constant__ job g)
     if (!at.active) {
         return;
     }
-    float shift[N], mean[N], by[N], beta[N];
 #pragma unroll
     for (int e = 0; e < N; e++) {
         float2 m = moments[(at.c - at.c0 + e) / g.group_channels];
-        shift[e] = shift_of(g, at.n, at.c + e);
         mean[e] = m.x;
-        by[e] = m.y * ac_load(g.gamma, (at.c + e) * g.gamma_stride);
-        beta[e] = ac_load(g.beta, (at.c + e) * g.beta_stride);
+        by[e] *= m.y;
     }
     int64_t from = blockIdx.x * g.run, to = min(from + g.run, g.pixels), step;
     const T *x = at.source(g, &step);
@@ -197,7 +223,7 @@ apply_kernel(const __grid_constant__ job g)
 #pragma unroll
             for (int e = 0; e < N; e++) {
                 float z = (v[e] + shift[e] - mean[e]) * by[e] + beta[e];
-                v[e] = ac_act_apply(g.act, z) * g.scale;
+                v[e] = finish<T>(g.act, z) * g.scale;
             }
             if (pixel + i * at.height < to) {
                 ac_store_wide<T>(y + (pixel + i * at.height) * g.y.pixel, v);
@@ -224,16 +250,30 @@ image_of(const ac_tensor *t, ac_dtype dtype, image *out)
            out->pixel % wide == 0 && t->shape.dim[last] % wide == 0;
 }
 
-/* Whole groups that are whole vectors, 64 channels and more where there are as many; 0: none. */
+static row
+row_of(const ac_tensor *t, int32_t axis, ac_dtype dtype)
+{
+    row r = {ac_cells_of(t), t ? t->stride[axis] : 0, false};
+    r.wide = t && t->data && t->dtype == dtype && r.stride == 1 && ac_is_wide(t->data);
+    return r;
+}
+
+/* Whole groups that are whole vectors; where there are as many, 64 channels and a group a warp.
+ * 0: there is no such tile. */
 static int32_t
 tile_of(int32_t channels, int32_t group_channels, int32_t wide)
 {
-    int32_t tile = group_channels;
-    while (tile < channels && (tile % wide || tile < 64)) {
-        tile += group_channels;
+    int32_t most = AC_MIN((int32_t)AC_THREADS * wide, MOST_GROUPS * group_channels);
+    int32_t wanted = AC_MAX(64, (int32_t)AC_THREADS / 32 * group_channels), tile = 0;
+    for (int32_t c = group_channels; c <= AC_MIN(channels, most); c += group_channels) {
+        if (c % wide == 0) {
+            tile = c;
+            if (c >= wanted) {
+                break;
+            }
+        }
     }
-    bool fits = tile / wide <= (int32_t)AC_THREADS && tile / group_channels <= MOST_GROUPS;
-    return tile % wide == 0 && fits ? tile : 0;
+    return tile;
 }
 
 static bool
@@ -257,14 +297,12 @@ job_of(const ac_problem *p, job *g)
     for (int32_t d = 1; d < last; d++) {
         g->pixels *= y->shape.dim[d];
     }
-    g->gamma = ac_cells_of(gamma);
-    g->beta = ac_cells_of(beta);
-    g->gamma_stride = gamma->stride[0];
-    g->beta_stride = beta->stride[0];
-    if (shift) {
-        g->shift = ac_cells_of(shift);
-        g->shift_n = shift->shape.dim[0] > 1 ? shift->stride[0] : 0;
-        g->shift_c = shift->stride[1];
+    g->gamma = row_of(gamma, 0, y->dtype);
+    g->beta = row_of(beta, 0, y->dtype);
+    g->shift = row_of(shift, 1, y->dtype);
+    if (shift && shift->shape.dim[0] > 1) {
+        g->shift_n = shift->stride[0];
+        g->shift.wide = g->shift.wide && g->shift_n % wide == 0;
     }
     g->groups = p->attr.group_norm.groups;
     g->group_channels = g->channels / g->groups;
