@@ -149,8 +149,8 @@ class Tokenizer:
         if number is None:
             raise FormatError(f"{folder}: {key}: {json.dumps(text):.100} is not in the vocabulary")
         if all(t.content != text for t in self._tokenizer.get_added_tokens_decoder().values()):
-            token = config.get(key)
-            self._tokenizer.add_special_tokens([_added(text if token is None else token, True)])
+            token = text if _content(config.get(key)) is None else config[key]
+            self._tokenizer.add_special_tokens([_added(token, True)])
         return number
 
     def pieces(self, text):

@@ -72,6 +72,12 @@ def test_added_tokens(tmp_path, where):
     assert accel.Tokenizer(tmp_path / "t").pieces("<cat><dog>") == [601, 600]
 
 
+def test_a_special_token_without_content_is_the_usual_one(tmp_path, words):
+    tiny.write_tokenizer(tmp_path / "t")
+    (tmp_path / "t" / "special_tokens_map.json").write_text('{"pad_token": {"lstrip": true}}')
+    assert accel.Tokenizer(tmp_path / "t").pad == words["<|endoftext|>"]
+
+
 def test_truncation_names_what_is_cut(tokenizer, words):
     text = " ".join("0123456789") + " " + " ".join("01234567")
     with pytest.warns(UserWarning, match="20 tokens .* takes 16; cut: '4 5 6 7'"):
