@@ -7,9 +7,6 @@
  * groups wider than a block) as sums around its own first value, which loses no digits to a large
  * mean; they are then merged pairwise (Chan et al. 1979) in an order that depends on the sizes
  * alone.  Neighbouring threads read neighbouring channels.
- *
- * Where channels lie side by side in 16-byte groups, a thread keeps such a vector of them and moves
- * whole vectors; other tensors go one element a thread.
  * Bound: memory, two reads and one write of the tensor. */
 #include "element.cuh"
 #include "list.h"
@@ -160,141 +157,6 @@ apply_kernel(job g, int32_t width, int64_t run)
     }
 }
 
-/* ---- vectors of channels --------------------------------------------------------------------- */
-
-static constexpr int WIDEST = 64; /* vectors side by side in a block */
-
-template <typename T> struct vector {
-    static constexpr int N = 16 / sizeof(T);
-    float v[N];
-};
-
-template <typename T>
-__device__ static inline vector<T>
-load_vector(const void *from)
-{
-    constexpr int N = vector<T>::N;
-    alignas(16) T raw[N];
-    vector<T> out;
-    *(uint4 *)raw = *(const uint4 *)from;
-#pragma unroll
-    for (int k = 0; k < N; k++) {
-        out.v[k] = (float)raw[k];
-    }
-    return out;
-}
-
-/* Of channel c at the image's first pixel; a vector is x's or x2's. */
-template <typename T>
-__device__ static inline const T *
-vector_at(const job &g, int64_t n, int64_t c, int64_t *step)
-{
-    const image &i = c < g.c1 ? g.x : g.x2;
-    *step = i.pixel;
-    return (const T *)i.cells.data + n * i.n + (c < g.c1 ? c : c - g.c1);
-}
-
-/* grid: pieces, tiles of groups, images; a tile is whole vectors. */
-template <typename T>
-__global__ static void __launch_bounds__(AC_THREADS)
-vector_parts_kernel(job g)
-{
-    constexpr int N = vector<T>::N;
-    __shared__ float mean[AC_THREADS][N], squares[AC_THREADS][N], counts[AC_THREADS];
-    int64_t n = blockIdx.z, group0 = (int64_t)blockIdx.y * g.tile_groups, step;
-    int groups = (int)(g.groups - group0 < g.tile_groups ? g.groups - group0 : g.tile_groups);
-    int width = groups * g.group_channels / N, height = AC_THREADS / width;
-    int x = threadIdx.x % width, y = threadIdx.x / width;
-    int64_t from = blockIdx.x * g.piece_pixels, to = min(from + g.piece_pixels, g.pixels);
-    int64_t c = group0 * g.group_channels + x * N;
-    const T *data = vector_at<T>(g, n, c, &step);
-    vector<T> pivot = {}, sum = {}, square = {};
-    float count = 0.0f;
-    if (y < height && from + y < to) {
-        pivot = load_vector<T>(data + (from + y) * step);
-    }
-    if (y < height) {
-#pragma unroll 4
-        for (int64_t pixel = from + y; pixel < to; pixel += height) {
-            vector<T> v = load_vector<T>(data + pixel * step);
-#pragma unroll
-            for (int k = 0; k < N; k++) {
-                float d = v.v[k] - pivot.v[k];
-                sum.v[k] += d;
-                square.v[k] += d * d;
-            }
-            count += 1.0f;
-        }
-    }
-    counts[threadIdx.x] = count;
-#pragma unroll
-    for (int k = 0; k < N; k++) {
-        float share = count > 0.0f ? sum.v[k] / count : 0.0f;
-        mean[threadIdx.x][k] = pivot.v[k] + load_shift(g, n, c + k) + share;
-        squares[threadIdx.x][k] = fmaxf(square.v[k] - sum.v[k] * share, 0.0f);
-    }
-    __syncthreads();
-    int items = height * g.group_channels;
-    for (int group = threadIdx.x / 32; group < groups; group += AC_THREADS / 32) {
-        float3 all = make_float3(0.0f, 0.0f, 0.0f);
-        for (int i = threadIdx.x % 32; i < items; i += 32) {
-            int channel = group * g.group_channels + i % g.group_channels;
-            int thread = i / g.group_channels * width + channel / N;
-            float3 other = make_float3(counts[thread], mean[thread][channel % N],
-                                       squares[thread][channel % N]);
-            all = all.x == 0.0f ? other : merge(all, other);
-        }
-        all = merge_warp(all);
-        if (threadIdx.x % 32 == 0) {
-            g.parts[(n * g.groups + group0 + group) * g.pieces + blockIdx.x] = all;
-        }
-    }
-}
-
-template <typename T>
-__device__ static inline float
-finish(ac_act act, float v)
-{
-    if (sizeof(T) == 2 && act == AC_ACT_SILU) { /* good to more digits than T has */
-        return __fdividef(v, 1.0f + __expf(-v));
-    }
-    return ac_act_apply(act, v);
-}
-
-/* grid: runs of pixels, tiles of `width` vectors, images */
-template <typename T>
-__global__ static void __launch_bounds__(AC_THREADS)
-vector_apply_kernel(job g, int32_t width, int64_t run)
-{
-    constexpr int N = vector<T>::N;
-    int height = AC_THREADS / width, y = threadIdx.x / width;
-    int64_t n = blockIdx.z, c = ((int64_t)blockIdx.y * width + threadIdx.x % width) * N, step;
-    int64_t from = blockIdx.x * run, to = min(from + run, g.pixels);
-    if (c >= g.channels || y >= height) {
-        return;
-    }
-    const T *data = vector_at<T>(g, n, c, &step);
-    T *out = (T *)g.y.cells.data + n * g.y.n + c;
-    float offset[N], slope[N], beta[N];
-#pragma unroll
-    for (int k = 0; k < N; k++) {
-        float2 moment = g.moments[n * g.groups + (c + k) / g.group_channels];
-        offset[k] = load_shift(g, n, c + k) - moment.x;
-        slope[k] = moment.y * ac_load(g.gamma, (c + k) * g.gamma_stride);
-        beta[k] = ac_load(g.beta, (c + k) * g.beta_stride);
-    }
-#pragma unroll 2
-    for (int64_t pixel = from + y; pixel < to; pixel += height) {
-        vector<T> v = load_vector<T>(data + pixel * step);
-        alignas(16) T raw[N];
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            raw[k] = (T)(finish<T>(g.act, (v.v[k] + offset[k]) * slope[k] + beta[k]) * g.scale);
-        }
-        *(uint4 *)(out + pixel * g.y.pixel) = *(const uint4 *)raw;
-    }
-}
-
 /* ---- when, and how --------------------------------------------------------------------------- */
 
 /* Pixels at one distance; false when they are not. */
@@ -352,46 +214,6 @@ job_of(const ac_problem *p, job *g)
 }
 
 static bool
-by_vectors(const image &i, ac_dtype dtype, int64_t unit)
-{
-    return i.cells.dtype == dtype && i.c == 1 && i.n % unit == 0 && i.pixel % unit == 0;
-}
-
-/* The same job for the kernels that take vectors: tiles and pieces of other sizes. */
-static bool
-vector_job(job *g)
-{
-    ac_dtype dtype = g->y.cells.dtype;
-    int64_t unit = 16 / (int64_t)ac_dtype_size(dtype), tile = g->group_channels;
-    bool two = g->c1 < g->channels;
-    while (tile % unit != 0) {
-        tile += g->group_channels;
-    }
-    if (!by_vectors(g->x, dtype, unit) || !by_vectors(g->y, dtype, unit) ||
-        (two && !by_vectors(g->x2, dtype, unit)) || g->c1 % unit != 0 || g->channels % unit != 0 ||
-        tile > WIDEST * unit) {
-        return false;
-    }
-    int64_t most = AC_MIN(WIDEST * unit, g->channels) / tile * tile;
-    int64_t tiles = ac_ceil_div(g->channels, most);
-    int64_t rows = (int64_t)AC_THREADS / (most / unit); /* pixels that a block reads at once */
-    int64_t pieces = ac_ceil_div(512, AC_MAX(g->images * tiles, (int64_t)1));
-    pieces = AC_MIN(AC_MAX(pieces, (int64_t)1), ac_ceil_div(g->pixels, 4 * rows));
-    g->tile_groups = (int32_t)(most / g->group_channels);
-    g->piece_pixels = ac_ceil_div(g->pixels, AC_MAX(pieces, (int64_t)1));
-    g->pieces = (int32_t)AC_MAX(ac_ceil_div(g->pixels, AC_MAX(g->piece_pixels, (int64_t)1)),
-                                (int64_t)1);
-    return true;
-}
-
-static bool
-aligned(const job &g)
-{
-    return ((uintptr_t)g.x.cells.data | (uintptr_t)g.x2.cells.data | (uintptr_t)g.y.cells.data) %
-               16 == 0;
-}
-
-static bool
 supports(const ac_problem *p, const ac_caps *)
 {
     job g;
@@ -409,59 +231,24 @@ scratch(const ac_problem *p, const ac_caps *)
 {
     job g;
     job_of(p, &g);
-    int64_t pieces = g.pieces;
-    if (vector_job(&g)) {
-        pieces = AC_MAX(pieces, (int64_t)g.pieces);
-    }
-    return moments_bytes(g) + (size_t)(g.images * g.groups * pieces) * sizeof(float3);
-}
-
-static ac_status
-launch_moments(ac_lane *lane, const job &g)
-{
-    dim3 groups((unsigned)ac_ceil_div(g.images * g.groups, AC_THREADS / 32));
-    return ac_cuda_launch(lane, "group_norm moments", moments_kernel, groups, AC_THREADS, 0, g);
-}
-
-template <typename T>
-static ac_status
-launch_vectors(ac_lane *lane, const job &g)
-{
-    dim3 parts((unsigned)g.pieces, (unsigned)ac_ceil_div(g.groups, g.tile_groups),
-               (unsigned)g.images);
-    AC_TRY(ac_cuda_launch(lane, "group_norm parts", vector_parts_kernel<T>, parts, AC_THREADS, 0,
-                          g));
-    AC_TRY(launch_moments(lane, g));
-    int64_t vectors = g.channels / vector<T>::N;
-    int32_t width = (int32_t)AC_MIN(ac_ceil_div(vectors, ac_ceil_div(vectors, WIDEST)), vectors);
-    int64_t run = AC_MAX((int64_t)(AC_THREADS / width) * 4, ac_ceil_div(g.pixels, 4096));
-    dim3 grid((unsigned)ac_ceil_div(g.pixels, run), (unsigned)ac_ceil_div(vectors, width),
-              (unsigned)g.images);
-    return ac_cuda_launch(lane, "group_norm", vector_apply_kernel<T>, grid, AC_THREADS, 0, g, width,
-                          run);
+    return moments_bytes(g) + (size_t)(g.images * g.groups * g.pieces) * sizeof(float3);
 }
 
 static ac_status
 launch(ac_lane *lane, const ac_problem *p, void *scratch, const void *)
 {
-    job g, vectors;
+    job g;
     job_of(p, &g);
     g.moments = (float2 *)scratch;
     g.parts = (float3 *)((char *)scratch + moments_bytes(g));
     if (g.pixels == 0) {
         return AC_OK;
     }
-    vectors = g;
-    if (vector_job(&vectors) && aligned(g)) {
-        ac_dtype dtype = g.y.cells.dtype;
-        return dtype == AC_F16    ? launch_vectors<__half>(lane, vectors)
-               : dtype == AC_BF16 ? launch_vectors<__nv_bfloat16>(lane, vectors)
-                                  : launch_vectors<float>(lane, vectors);
-    }
     dim3 parts((unsigned)g.pieces, (unsigned)ac_ceil_div(g.groups, g.tile_groups),
                (unsigned)g.images);
     AC_TRY(ac_cuda_launch(lane, "group_norm parts", parts_kernel, parts, AC_THREADS, 0, g));
-    AC_TRY(launch_moments(lane, g));
+    dim3 groups((unsigned)ac_ceil_div(g.images * g.groups, AC_THREADS / 32));
+    AC_TRY(ac_cuda_launch(lane, "group_norm moments", moments_kernel, groups, AC_THREADS, 0, g));
     int32_t width = (int32_t)AC_MIN(g.channels, 64);
     int64_t run = AC_MAX((int64_t)64, ac_ceil_div(g.pixels, 1 << 20));
     dim3 grid((unsigned)ac_ceil_div(g.pixels, run), (unsigned)ac_ceil_div(g.channels, width),
