@@ -74,8 +74,8 @@ def test_added_tokens(tmp_path, where):
 
 def test_a_special_token_without_content_is_the_usual_one(tmp_path, words):
     tiny.write_tokenizer(tmp_path / "t")
-    (tmp_path / "t" / "special_tokens_map.json").write_text('{"pad_token": {"lstrip": true}}')
-    assert accel.Tokenizer(tmp_path / "t").pad == words["<|endoftext|>"]
+    (tmp_path / "t" / "special_tokens_map.json").write_text('{"bos_token": {"lstrip": true}}')
+    assert accel.Tokenizer(tmp_path / "t").start == words["<|startoftext|>"]
 
 
 def test_truncation_names_what_is_cut(tokenizer, words):
