@@ -1,6 +1,7 @@
 /* base: errors, heap, arenas, text, hash and map.  See base.h for the contracts. */
 #include "base.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,15 +9,46 @@
 
 /* ---- errors --------------------------------------------------------------------------------- */
 
-/* Long enough for a list of weights that do not fit; what is longer is cut. */
-#define MESSAGE_BYTES 8192
+/* The calling thread's message; what is longer than `brief`, a list of weights that do not fit,
+ * lies on the heap until the next message or the thread's end. */
+static _Thread_local char brief[1024];
+static _Thread_local char *longer;
 
-static _Thread_local char message[MESSAGE_BYTES];
+static pthread_key_t longer_key;
+static pthread_once_t longer_once = PTHREAD_ONCE_INIT;
+
+static void
+make_key(void)
+{
+    pthread_key_create(&longer_key, free);
+}
+
+/* Takes `text` over, NULL for none. */
+static void
+keep_longer(char *text)
+{
+    pthread_once(&longer_once, make_key);
+    free(longer);
+    longer = text;
+    pthread_setspecific(longer_key, text);
+}
 
 ac_status
 ac_verror(ac_status status, const char *format, va_list args)
 {
-    vsnprintf(message, sizeof message, format, args);
+    va_list again;
+    va_copy(again, args);
+    char text[sizeof brief]; /* args may point into the old message */
+    int length = vsnprintf(text, sizeof text, format, args);
+    char *whole = length >= (int)sizeof text ? malloc((size_t)length + 1) : NULL;
+    if (whole) { /* else cut: an error about memory must not need any */
+        vsnprintf(whole, (size_t)length + 1, format, again);
+    }
+    va_end(again);
+    memcpy(brief, text, sizeof brief);
+    if (whole || longer) {
+        keep_longer(whole);
+    }
     return status;
 }
 
@@ -38,19 +70,13 @@ ac_error_prefix(ac_status status, const char *format, ...)
     va_start(args, format);
     vsnprintf(prefix, sizeof prefix, format, args);
     va_end(args);
-    size_t length = strlen(prefix);
-    size_t old = AC_MIN(strlen(message), sizeof message - length - 3);
-    memmove(message + length + 2, message, old);
-    memcpy(message, prefix, length);
-    memcpy(message + length, ": ", 2);
-    message[length + 2 + old] = '\0';
-    return status;
+    return ac_error(status, "%s: %s", prefix, ac_error_message());
 }
 
 const char *
 ac_error_message(void)
 {
-    return message;
+    return longer ? longer : brief;
 }
 
 const char *

@@ -69,9 +69,6 @@ rename_all(const ac_model_class *cls, ac_weights *weights)
     }
 }
 
-/* At most this many lines of each kind of problem: a wrong file differs in all its names. */
-#define MAX_LINES 20
-
 enum { SHAPE, MISSING, UNKNOWN, KINDS };
 
 typedef struct check {
@@ -89,15 +86,13 @@ problem(check *c, int kind, const char *format, ...) AC_PRINTF(3, 4);
 static void
 problem(check *c, int kind, const char *format, ...)
 {
-    if (c->count[kind]++ >= MAX_LINES) {
-        return;
-    }
     char line[AC_WEIGHT_NAME + 2 * AC_SHAPE_TEXT + 64];
     va_list args;
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
     ac_text_printf(&c->lines[kind], "\n  %s", line);
+    c->count[kind]++;
 }
 
 /* [n, k] and [n, k, 1, 1] hold the same bytes. */
@@ -182,9 +177,6 @@ report(check *c)
         failed = failed || c->lines[i].failed;
         if (c->count[i]) {
             ac_text_printf(&text, "%s", c->lines[i].data ? c->lines[i].data : "");
-        }
-        if (c->count[i] > MAX_LINES) {
-            ac_text_printf(&text, "\n  ... and %d more %s", c->count[i] - MAX_LINES, kinds[i]);
         }
     }
     ac_status status = AC_OK;

@@ -231,7 +231,7 @@ def compile(x, *, passes_off=""):  # the name is the point
                 continue
             try:
                 compile(component, passes_off=passes_off)
-            except UnsupportedError as error:
+            except (UnsupportedError, InvalidArgument) as error:
                 state.left[name] = str(error)
         install(x)
         return x

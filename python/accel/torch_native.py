@@ -180,9 +180,13 @@ class Native:
             raise Fallback(f"{self.device}: {error}") from None
 
     def _bind(self, i):
+        from .torch_watch import Fallback
+
         _, d, key = self.watch.parameters[i]
         p, name = d[key].detach(), self.names[i]
         self.copies.pop(name, None)
+        if p.is_neg():
+            raise Fallback(f"{name} is a negative view")
         self.versions[i] = _version(d[key])
         if not p.is_contiguous() and not (p.is_cuda and is_channels_last(p)):
             p = self._copy(name, p)

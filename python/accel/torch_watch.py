@@ -262,7 +262,7 @@ def _place(p):
 
 def _is_at(p, place):
     return (p is place[0] and p.data_ptr() == place[1] and p.dtype is place[2]
-            and p.shape == place[3] and p.stride() == place[4])
+            and p.shape == place[3] and p.stride() == place[4] and not p.is_neg())
 
 
 def _check_known(name, module):

@@ -328,3 +328,17 @@ def test_the_prompt_section_watches_weights_that_are_used_in_place(which):
         after = fast(*args, **named).sample
     assert not close(after, before, 1e-3)
     assert close(after, copy.deepcopy(fast)(*args, **named).sample)
+
+
+def test_negative_views_are_left_to_pytorch():
+    """Their bytes are the other sign's: neither pointer, shape nor strides tell."""
+    fast = accel.compile(module("unet"))
+    agrees(fast)
+    p = next(fast.parameters())
+    p.data = torch._neg_view(p.data)
+    plain = copy.deepcopy(fast)
+    args, named = inputs("unet")
+    with pytest.warns(accel.FallbackWarning, match="negative view"):
+        ours = call(fast, "unet", args, named)
+    assert torch.equal(ours, call(plain, "unet", args, named))
+    assert accel.report(fast)["native_runs"] == 1
