@@ -7,6 +7,9 @@
 /* Of the default kind, which prefers readers: a thread that is inside may enter again while fork
  * waits, else the two would wait for each other. */
 static pthread_rwlock_t gate = PTHREAD_RWLOCK_INITIALIZER;
+/* Who comes from outside passes here first; fork keeps it shut, else threads that come and go would
+ * hold the gate between them for ever. */
+static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER;
 static _Thread_local int32_t held; /* mutexes that this thread holds */
 static _Atomic uint32_t generation;
 
@@ -14,6 +17,7 @@ static void
 before_fork(void)
 {
     if (!held) {
+        pthread_mutex_lock(&door);
         pthread_rwlock_wrlock(&gate);
     }
 }
@@ -23,6 +27,7 @@ after_fork(void)
 {
     if (!held) {
         pthread_rwlock_unlock(&gate);
+        pthread_mutex_unlock(&door);
     }
 }
 
@@ -30,6 +35,7 @@ after_fork(void)
 static void
 in_child(void)
 {
+    pthread_mutex_init(&door, NULL);
     pthread_rwlock_init(&gate, NULL);
     for (int32_t i = 0; i < held; i++) {
         pthread_rwlock_rdlock(&gate);
@@ -48,7 +54,13 @@ ac_lock(pthread_mutex_t *mutex)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, register_fork);
-    pthread_rwlock_rdlock(&gate);
+    if (held) {
+        pthread_rwlock_rdlock(&gate);
+    } else {
+        pthread_mutex_lock(&door);
+        pthread_rwlock_rdlock(&gate);
+        pthread_mutex_unlock(&door);
+    }
     pthread_mutex_lock(mutex);
     held++;
 }
