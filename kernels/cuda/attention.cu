@@ -11,6 +11,7 @@
 #include "element.cuh"
 #include "gemm.h"
 #include "list.h"
+#include "reduce.cuh"
 
 static constexpr size_t SCORE_BYTES = (size_t)128 << 20;
 
@@ -29,25 +30,6 @@ struct rows {
     bool causal;
 };
 
-template <typename F>
-__device__ static inline float
-reduce(float v, float *shared, F f)
-{
-    for (int step = 16; step > 0; step /= 2) {
-        v = f(v, __shfl_xor_sync(0xffffffffu, v, step));
-    }
-    if (threadIdx.x % 32 == 0) {
-        shared[threadIdx.x / 32] = v;
-    }
-    __syncthreads();
-    v = shared[0];
-    for (int i = 1; i < (int)AC_THREADS / 32; i++) {
-        v = f(v, shared[i]);
-    }
-    __syncthreads();
-    return v;
-}
-
 __device__ static inline float
 score(const rows &r, const float *line, int64_t key, int64_t image)
 {
@@ -59,7 +41,7 @@ score(const rows &r, const float *line, int64_t key, int64_t image)
 __global__ static void __launch_bounds__(AC_THREADS)
 softmax_kernel(rows r)
 {
-    __shared__ float shared[AC_THREADS / 32];
+    __shared__ float shared[2][AC_THREADS / 32];
     int64_t row = (int64_t)blockIdx.y * r.queries + blockIdx.x, image = blockIdx.y / r.heads;
     const float *line = r.scores + row * r.pitch;
     int64_t keys = r.causal ? min(r.tk, r.first + blockIdx.x + 1) : r.tk;
@@ -67,13 +49,13 @@ softmax_kernel(rows r)
     for (int64_t key = threadIdx.x; key < keys; key += AC_THREADS) {
         most = fmaxf(most, score(r, line, key, image));
     }
-    most = reduce(most, shared, [](float a, float b) { return fmaxf(a, b); });
+    most = ac_reduce_block(most, shared[0], ac_most_of());
     for (int64_t key = threadIdx.x; key < r.pitch; key += AC_THREADS) {
         float p = key < keys ? expf(score(r, line, key, image) - most) : 0.0f;
         ac_store(r.out, row * r.pitch + key, p);
         sum += p;
     }
-    sum = reduce(sum, shared, [](float a, float b) { return a + b; });
+    sum = ac_reduce_block(sum, shared[1], ac_sum_of());
     if (threadIdx.x == 0) {
         r.scale[row] = 1.0f / sum;
     }

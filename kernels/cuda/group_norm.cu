@@ -10,6 +10,7 @@
  * Bound: memory, two reads and one write of the tensor. */
 #include "element.cuh"
 #include "list.h"
+#include "reduce.cuh"
 
 struct image {
     ac_cells cells;
@@ -31,29 +32,6 @@ struct job {
     float3 *parts;         /* [image][group][piece]: count, mean, sum of squares around it */
     float2 *moments;       /* [image][group]: mean, 1 / sqrt(variance + eps) */
 };
-
-__device__ static inline float3
-merge(float3 a, float3 b)
-{
-    float n = a.x + b.x, d = b.y - a.y;
-    if (b.x == 0.0f) {
-        return a;
-    }
-    float share = b.x / n;
-    return make_float3(n, a.y + d * share, a.z + b.z + d * d * a.x * share);
-}
-
-__device__ static inline float3
-merge_warp(float3 a)
-{
-    for (int step = 16; step > 0; step /= 2) {
-        float3 b = make_float3(__shfl_down_sync(0xffffffffu, a.x, step),
-                               __shfl_down_sync(0xffffffffu, a.y, step),
-                               __shfl_down_sync(0xffffffffu, a.z, step));
-        a = a.x == 0.0f ? b : merge(a, b);
-    }
-    return a; /* lane 0's */
-}
 
 __device__ static inline float
 load(const job &g, int64_t n, int64_t pixel, int64_t c)
@@ -99,7 +77,7 @@ parts_kernel(job g)
     float3 mine = make_float3(0.0f, 0.0f, 0.0f);
     for (int c = x; y < height && c < channels; c += width) {
         float3 other = channel_moments(g, n, group0 * g.group_channels + c, from + y, to, height);
-        mine = mine.x == 0.0f ? other : merge(mine, other);
+        mine = ac_moments_merge(mine, other);
     }
     part[threadIdx.x] = mine;
     __syncthreads();
@@ -108,9 +86,9 @@ parts_kernel(job g)
         float3 sum = make_float3(0.0f, 0.0f, 0.0f);
         for (int i = threadIdx.x % 32; i < wide * height; i += 32) {
             float3 other = part[i / wide * width + group * wide + i % wide];
-            sum = sum.x == 0.0f ? other : merge(sum, other);
+            sum = ac_moments_merge(sum, other);
         }
-        sum = merge_warp(sum);
+        sum = ac_moments_warp(sum);
         if (threadIdx.x % 32 == 0) {
             g.parts[(n * g.groups + group0 + group) * g.pieces + blockIdx.x] = sum;
         }
@@ -128,9 +106,9 @@ moments_kernel(job g)
     float3 sum = make_float3(0.0f, 0.0f, 0.0f);
     for (int i = threadIdx.x % 32; i < g.pieces; i += 32) {
         float3 other = g.parts[group * g.pieces + i];
-        sum = sum.x == 0.0f ? other : merge(sum, other);
+        sum = ac_moments_merge(sum, other);
     }
-    sum = merge_warp(sum);
+    sum = ac_moments_warp(sum);
     if (threadIdx.x % 32 == 0) {
         g.moments[group] = make_float2(sum.y, 1.0f / sqrtf(sum.z / sum.x + g.eps));
     }

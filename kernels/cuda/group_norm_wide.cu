@@ -8,6 +8,7 @@
  * that depends on the sizes alone.
  * Bound: memory, two reads and one write of the tensor. */
 #include "list.h"
+#include "reduce.cuh"
 #include "vector.cuh"
 
 static constexpr int MOST_GROUPS = 128; /* of a tile */
@@ -35,30 +36,6 @@ struct job {
     ac_act act;
     float3 *parts; /* [image][group][piece]: count, mean, sum of squares around it */
 };
-
-__device__ static inline float3
-merge(float3 a, float3 b)
-{
-    if (b.x == 0.0f) {
-        return a;
-    }
-    if (a.x == 0.0f) {
-        return b;
-    }
-    float n = a.x + b.x, d = b.y - a.y, share = b.x / n;
-    return make_float3(n, a.y + d * share, a.z + b.z + d * d * a.x * share);
-}
-
-__device__ static inline float3
-merge_warp(float3 a)
-{
-    for (int step = 16; step > 0; step /= 2) {
-        a = merge(a, make_float3(__shfl_down_sync(0xffffffffu, a.x, step),
-                                 __shfl_down_sync(0xffffffffu, a.y, step),
-                                 __shfl_down_sync(0xffffffffu, a.z, step)));
-    }
-    return a; /* lane 0's */
-}
 
 /* What a thread works on: vector x of `width`, pixels y, y + height ... */
 template <typename T> struct place {
@@ -149,10 +126,10 @@ parts_kernel(const __grid_constant__ job g)
             if (y < pixels) {
                 float2 one = part[y * at.width * N + c];
                 float count = (float)((pixels - y + at.height - 1) / at.height);
-                all = merge(all, make_float3(count, one.x, one.y));
+                all = ac_moments_merge(all, make_float3(count, one.x, one.y));
             }
         }
-        all = merge_warp(all);
+        all = ac_moments_warp(all);
         if (threadIdx.x % 32 == 0) {
             g.parts[(at.n * g.groups + group0 + group) * g.pieces + blockIdx.x] = all;
         }
@@ -188,9 +165,9 @@ apply_kernel(const __grid_constant__ job g)
         const float3 *parts = g.parts + (at.n * g.groups + group0 + group) * g.pieces;
         float3 all = make_float3(0.0f, 0.0f, 0.0f);
         for (int i = threadIdx.x % 32; i < g.pieces; i += 32) {
-            all = merge(all, parts[i]);
+            all = ac_moments_merge(all, parts[i]);
         }
-        all = merge_warp(all);
+        all = ac_moments_warp(all);
         if (threadIdx.x % 32 == 0) {
             moments[group] = make_float2(all.y, 1.0f / sqrtf(all.z / all.x + g.eps));
         }

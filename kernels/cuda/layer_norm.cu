@@ -5,6 +5,7 @@
  * Bound: memory, one read and one write of the tensor. */
 #include "element.cuh"
 #include "list.h"
+#include "reduce.cuh"
 
 struct rows {
     ac_cells y, x, gamma, beta;
@@ -12,15 +13,6 @@ struct rows {
     int64_t columns, y_column, x_column, gamma_stride, beta_stride;
     float eps;
 };
-
-__device__ static inline float
-warp_sum(float v)
-{
-    for (int step = 16; step > 0; step /= 2) {
-        v += __shfl_xor_sync(0xffffffffu, v, step);
-    }
-    return v;
-}
 
 __global__ static void __launch_bounds__(AC_THREADS)
 layer_norm_kernel(rows r)
@@ -35,14 +27,15 @@ layer_norm_kernel(rows r)
     for (int64_t c = lane; c < r.columns; c += 32) {
         sum += ac_load(r.x, at[1] + c * r.x_column);
     }
-    float mean = warp_sum(sum) / (float)r.columns, rest = 0.0f;
+    float mean = ac_reduce_warp(sum, ac_sum_of()) / (float)r.columns, rest = 0.0f;
     for (int64_t c = lane; c < r.columns; c += 32) {
         float d = ac_load(r.x, at[1] + c * r.x_column) - mean;
         rest += d;
         squares += d * d;
     }
-    rest = warp_sum(rest) / (float)r.columns; /* what rounding left of the mean */
-    float variance = fmaxf(warp_sum(squares) / (float)r.columns - rest * rest, 0.0f);
+    rest = ac_reduce_warp(rest, ac_sum_of()) / (float)r.columns; /* rounding's part of the mean */
+    squares = ac_reduce_warp(squares, ac_sum_of()) / (float)r.columns;
+    float variance = fmaxf(squares - rest * rest, 0.0f);
     float scale = 1.0f / sqrtf(variance + r.eps);
     for (int64_t c = lane; c < r.columns; c += 32) {
         float d = ac_load(r.x, at[1] + c * r.x_column) - mean - rest;

@@ -4,6 +4,7 @@
  * what rounding left of it, then the result, all from registers.
  * Bound: memory, one read and one write of the tensor. */
 #include "list.h"
+#include "reduce.cuh"
 #include "vector.cuh"
 
 static constexpr unsigned WARPS = 4; /* of a block: few rows still fill many multiprocessors */
@@ -16,15 +17,6 @@ struct rows {
     int32_t columns;
     float eps;
 };
-
-__device__ static inline float
-warp_sum(float v)
-{
-    for (int step = 16; step > 0; step /= 2) {
-        v += __shfl_xor_sync(0xffffffffu, v, step);
-    }
-    return v;
-}
 
 template <typename T, int LOADS>
 __global__ static void __launch_bounds__(32 * WARPS)
@@ -49,7 +41,7 @@ layer_norm_kernel(rows r)
             }
         }
     }
-    float mean = warp_sum(sum) / (float)r.columns;
+    float mean = ac_reduce_warp(sum, ac_sum_of()) / (float)r.columns;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
         if (first + i * 32 * N < r.columns) {
@@ -61,8 +53,9 @@ layer_norm_kernel(rows r)
             }
         }
     }
-    rest = warp_sum(rest) / (float)r.columns; /* what rounding left of the mean */
-    float variance = fmaxf(warp_sum(squares) / (float)r.columns - rest * rest, 0.0f);
+    rest = ac_reduce_warp(rest, ac_sum_of()) / (float)r.columns; /* rounding's part of the mean */
+    squares = ac_reduce_warp(squares, ac_sum_of()) / (float)r.columns;
+    float variance = fmaxf(squares - rest * rest, 0.0f);
     float scale = 1.0f / sqrtf(variance + r.eps);
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {

@@ -5,24 +5,7 @@
  * Bound: memory. */
 #include "attention.h"
 #include "element.cuh"
-
-template <typename F>
-__device__ static inline float
-reduce(float v, float *shared, F f)
-{
-    for (int step = 16; step > 0; step /= 2) {
-        v = f(v, __shfl_xor_sync(0xffffffffu, v, step));
-    }
-    if (threadIdx.x % 32 == 0) {
-        shared[threadIdx.x / 32] = v;
-    }
-    __syncthreads();
-    v = shared[0];
-    for (int i = 1; i < (int)AC_THREADS / 32; i++) {
-        v = f(v, shared[i]);
-    }
-    return v;
-}
+#include "reduce.cuh"
 
 /* FOURS times four scores a thread. */
 template <typename T, int FOURS>
@@ -44,7 +27,7 @@ softmax_rows_kernel(ac_softmax s)
         v[i][3] = four.w * s.factor;
         most = fmaxf(most, fmaxf(fmaxf(v[i][0], v[i][1]), fmaxf(v[i][2], v[i][3])));
     }
-    most = reduce(most, shared[0], [](float a, float b) { return fmaxf(a, b); });
+    most = ac_reduce_block(most, shared[0], ac_most_of());
 #pragma unroll
     for (int i = 0; i < FOURS; i++) {
 #pragma unroll
@@ -53,7 +36,7 @@ softmax_rows_kernel(ac_softmax s)
             sum += v[i][e];
         }
     }
-    sum = reduce(sum, shared[1], [](float a, float b) { return a + b; });
+    sum = ac_reduce_block(sum, shared[1], ac_sum_of());
     float share = s.gain / sum;
 #pragma unroll
     for (int i = 0; i < FOURS; i++) {

@@ -1,0 +1,76 @@
+/* reduce: sums, maxima and moments over the threads of a warp or a block, in a fixed order. */
+#ifndef AC_CUDA_REDUCE_CUH
+#define AC_CUDA_REDUCE_CUH
+
+#include "launch.cuh"
+
+template <typename F>
+__device__ static inline float
+ac_reduce_warp(float v, F f)
+{
+    for (int step = 16; step > 0; step /= 2) {
+        v = f(v, __shfl_xor_sync(0xffffffffu, v, step));
+    }
+    return v;
+}
+
+/* Of a block of AC_THREADS; `shared` holds one value a warp and is not used again after. */
+template <typename F>
+__device__ static inline float
+ac_reduce_block(float v, float *shared, F f)
+{
+    v = ac_reduce_warp(v, f);
+    if (threadIdx.x % 32 == 0) {
+        shared[threadIdx.x / 32] = v;
+    }
+    __syncthreads();
+    v = shared[0];
+    for (int i = 1; i < (int)AC_THREADS / 32; i++) {
+        v = f(v, shared[i]);
+    }
+    return v;
+}
+
+struct ac_sum_of {
+    __device__ float
+    operator()(float a, float b) const
+    {
+        return a + b;
+    }
+};
+
+struct ac_most_of {
+    __device__ float
+    operator()(float a, float b) const
+    {
+        return fmaxf(a, b);
+    }
+};
+
+/* Moments: count, mean, sum of squares around it; of none all are 0 (Chan et al. 1979). */
+__device__ static inline float3
+ac_moments_merge(float3 a, float3 b)
+{
+    if (b.x == 0.0f) {
+        return a;
+    }
+    if (a.x == 0.0f) {
+        return b;
+    }
+    float n = a.x + b.x, d = b.y - a.y, share = b.x / n;
+    return make_float3(n, a.y + d * share, a.z + b.z + d * d * a.x * share);
+}
+
+/* Lane 0's result is the warp's. */
+__device__ static inline float3
+ac_moments_warp(float3 a)
+{
+    for (int step = 16; step > 0; step /= 2) {
+        a = ac_moments_merge(a, make_float3(__shfl_down_sync(0xffffffffu, a.x, step),
+                                            __shfl_down_sync(0xffffffffu, a.y, step),
+                                            __shfl_down_sync(0xffffffffu, a.z, step)));
+    }
+    return a;
+}
+
+#endif
