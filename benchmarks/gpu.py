@@ -1,18 +1,21 @@
 """Time accel against PyTorch on a GPU, and print README's tables.
 
     python benchmarks/gpu.py                           # everything but torch.compile
-    python benchmarks/gpu.py models --torch-compile 150 --only sd15,vae512
+    python benchmarks/gpu.py models --torch-compile 150 --only sd15,sdxl,vae512,vae1024
     python benchmarks/gpu.py pipelines memory --record benchmarks/records
 
     models      one call of a network: accel's compiled module, PyTorch eager (channels_last), and
-                torch.compile (reduce-overhead) where it is ready within the given seconds
+                torch.compile (reduce-overhead, channels_last, fused QKV) where it is ready within
+                the given seconds; and the first call of accel's, with no cache of measured
+                choices and, in another process, with the one that this left
     pipelines   prompt to tensor, stock against accel.compile(pipe)
     memory      the fall of the GPU's free memory in a fresh process, one for each competitor
 
-Competitors take turns in one process, a round is some calls of each between two CUDA events, and
-what counts is the median over the rounds.  Weights and data are random (chips that are limited by
-power are faster on zeros).  Each timed module is checked in the same run: both errors against
-float32 are printed, and report() must say that the engine ran, and never fell back.
+Competitors take turns in one process, every other round in the opposite order; a round is some
+calls of each between two CUDA events, and what counts is the median over the rounds.  Weights and
+data are random (chips that are limited by power are faster on zeros).  Each timed module is checked
+in the same run: all errors against float32 are printed, and report() must say that the engine ran,
+and never fell back.  The record is written after each row, so that what is stopped leaves some.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -190,9 +194,9 @@ def alternate(competitors, calls, rounds):
         for _ in range(3):
             call()
     sync()
-    for _ in range(rounds):
-        for name, call in competitors.items():
-            times[name].append(round_ms(call, calls))
+    for i in range(rounds):
+        for name in list(competitors)[:: -1 if i % 2 else 1]:
+            times[name].append(round_ms(competitors[name], calls))
     return {name: {"ms": statistics.median(t), "least": min(t), "most": max(t)}
             for name, t in times.items()}
 
@@ -223,13 +227,16 @@ def error(found, truth):
 
 
 def torch_compiled(module, call, seconds):
-    """(callable, what to say): torch.compile's, warmed up, or None when it took too long."""
+    """(callable or None, what to say, seconds to its third call or None): torch.compile's."""
     import torch
 
-    compiled = torch.compile(module, mode="reduce-overhead")
+    with contextlib.suppress(ValueError, AttributeError):  # a VAE of other attention has none
+        module.fuse_qkv_projections()
     if hasattr(module, "decode"):  # what a user compiles of a VAE
         module.decode = torch.compile(module.decode, mode="reduce-overhead")
         compiled = module
+    else:
+        compiled = torch.compile(module, mode="reduce-overhead")
     run = call(compiled, torch.float16)
 
     def step():
@@ -239,14 +246,15 @@ def torch_compiled(module, call, seconds):
     start = time.perf_counter()
     try:
         with limit(seconds):
-            for _ in range(4):
+            for _ in range(3):  # compiles, records, replays
                 step()
             sync()
     except Exception as failure:  # whatever it raises is its result
-        if "TimeoutError" in f"{type(failure).__name__} {failure}":
-            return None, f"not ready after {seconds} s"
-        return None, " ".join(f"{type(failure).__name__}: {failure}".split())[:120]
-    return step, f"ready after {time.perf_counter() - start:.0f} s"
+        if time.perf_counter() - start >= seconds:
+            return None, f"not ready after {seconds} s", None
+        return None, " ".join(f"{type(failure).__name__}: {failure}".split())[:300], None
+    took = time.perf_counter() - start
+    return step, f"ready after {took:.0f} s", took
 
 
 def plan_of(module):
@@ -259,6 +267,29 @@ def plan_of(module):
             "bound_ms": last["bound_ms"], "section": last["section"],
             "classes": [{k: c[k] for k in ("rate", "class", "ms", "bound_ms", "steps")}
                         for c in profile["classes"]]}
+
+
+def first_call(call):
+    """Milliseconds of a call, the wait for its result included."""
+    start = time.perf_counter()
+    call()
+    sync()
+    return (time.perf_counter() - start) * 1e3
+
+
+def compiled_and_called(module, call):
+    """(accel's module, its call, ms of compile, of the first call, of the second)."""
+    import torch
+
+    import accel
+
+    start = time.perf_counter()
+    fast = accel.compile(module)
+    took = [(time.perf_counter() - start) * 1e3]
+    run = call(fast, torch.float16)
+    return fast, run, {n: round(t, 1) for n, t in zip(
+        ("compile_ms", "first_call_ms", "second_call_ms"),
+        took + [first_call(run) for _ in range(2)], strict=True)}
 
 
 def measure(title, config, call, calls, rounds, compile_seconds):
@@ -274,16 +305,14 @@ def measure(title, config, call, calls, rounds, compile_seconds):
     truth = call(wide, torch.float32)()
     del wide
     free()
-    fast = accel.compile(copy.deepcopy(plain))
-    eager = plain.to(memory_format=layout)
-    competitors = {"accel": call(fast, torch.float16), "eager": call(eager, torch.float16)}
-    row = {"title": title, "error": {n: error(c(), truth) for n, c in competitors.items()}}
+    fast, ours, cold = compiled_and_called(copy.deepcopy(plain), call)
+    eager = copy.deepcopy(plain).to(memory_format=layout)
+    competitors = {"accel": ours, "eager": call(eager, torch.float16)}
+    row = {"title": title, "cold": cold,
+           "error": {n: error(c(), truth) for n, c in competitors.items()}}
     if compile_seconds:
-        third = copy.deepcopy(plain).to(memory_format=layout)
-        if hasattr(third, "fuse_qkv_projections"):
-            with contextlib.suppress(Exception):
-                third.fuse_qkv_projections()
-        step, row["torch_compile"] = torch_compiled(third, call, compile_seconds)
+        step, row["torch_compile"], row["torch_compile_s"] = torch_compiled(
+            plain.to(memory_format=layout), call, compile_seconds)
         if step:
             competitors["torch.compile"] = step
             row["error"]["torch.compile"] = error(step(), truth)
@@ -297,22 +326,61 @@ def measure(title, config, call, calls, rounds, compile_seconds):
     return row
 
 
-def models(names, rounds, compile_seconds):
-    rows = []
-    for name, (title, config, call, calls) in cases().items():
-        if names and name not in names:
-            continue
-        try:
-            rows.append(measure(title, config, call, calls, rounds, compile_seconds))
-        except Exception as failure:  # the other rows are worth having
-            print(f"FAILED {title}: {type(failure).__name__}: {failure}"[:2000], flush=True)
-            rows.append({"title": title, "failed": f"{type(failure).__name__}: {failure}"[:500]})
-        free()
-        if compile_seconds:
-            import torch
+def warm_calls(names):
+    """{name: ms of compile and of the first two calls}: for a fresh process."""
+    import torch
 
-            torch._dynamo.reset()
+    found = {}
+    for name in names:
+        _, config, call, _ = cases()[name]
+        found[name] = compiled_and_called(make(config, torch.float16), call)[2]
+        free()
+    return found
+
+
+def warm(rows):
+    """Adds to each row what its first call takes in another process, the choices remembered."""
+    names = [r["name"] for r in rows if "failed" not in r]
+    command = [sys.executable, __file__, "--warm-calls", ",".join(names)] + ["--tiny"] * TINY
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        print(f"FAILED warm calls: {result.stderr[-500:]}", flush=True)
+        return
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    for row in rows:
+        if row["name"] in found:
+            row["warm"] = found[row["name"]]
+    print(json.dumps({"warm": found}), flush=True)
+
+
+def models(names, rounds, compile_seconds, save):
+    """All rows; `save(rows)` after each."""
+    import torch
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("ACCEL_CACHE")
+        os.environ["ACCEL_CACHE"] = folder  # empty: the first calls measure
+        for name, (title, config, call, calls) in cases().items():
+            if names and name not in names:
+                continue
+            try:
+                row = measure(title, config, call, calls, rounds, compile_seconds)
+            except Exception as failure:  # the other rows are worth having
+                print(f"FAILED {title}: {type(failure).__name__}: {failure}"[:2000], flush=True)
+                row = {"title": title, "failed": f"{type(failure).__name__}: {failure}"[:500]}
+            rows.append({"name": name} | row)
+            save(rows)
             free()
+            if compile_seconds:
+                torch._dynamo.reset()
+                free()
+        warm(rows)
+        save(rows)
+        if before is None:
+            del os.environ["ACCEL_CACHE"]
+        else:
+            os.environ["ACCEL_CACHE"] = before
     return rows
 
 
@@ -321,19 +389,23 @@ def number(value, digits=2):
 
 
 def models_table(rows):
-    header = ["one call, fp16, ms", "accel", "its graph alone", "PyTorch eager, channels_last",
-              "torch.compile", "bound", "error: accel / eager"]
+    header = ["one call, fp16, ms", "accel", "its graph alone", "eager, channels_last",
+              "torch.compile", "bound", "error: accel", "eager", "torch.compile",
+              "torch.compile: ready after", "accel: first call, measuring", "with a cache"]
     out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for r in rows:
         if "failed" in r:
-            out.append(f"| {r['title']} | failed: {r['failed'][:80]} |" + " |" * 5)
+            out.append(f"| {r['title']} | failed: {r['failed'][:80]} |" + " |" * (len(header) - 2))
             continue
         t = {n: v["ms"] for n, v in r["times"].items()}
+        e, took = r["error"], r.get("torch_compile_s")
         out.append("| " + " | ".join([
             r["title"], number(t["accel"]), number(r["plan"]["graph_ms"]), number(t["eager"]),
-            number(t.get("torch.compile")) or r.get("torch_compile", ""),
+            number(t.get("torch.compile")) or r.get("torch_compile", "")[:80],
             number(r["plan"]["bound_ms"]),
-            f"{r['error']['accel']:.2e} / {r['error']['eager']:.2e}"]) + " |")
+            *(f"{e[n]:.2e}" if n in e else "" for n in ("accel", "eager", "torch.compile")),
+            f"{took:.0f} s" if took else "", f"{r['cold']['first_call_ms'] / 1e3:.1f} s",
+            f"{r['warm']['first_call_ms'] / 1e3:.2f} s" if "warm" in r else ""]) + " |")
     return "\n".join(out)
 
 
@@ -513,7 +585,7 @@ def write_record(folder, result):
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(before | result, indent=1) + "\n")
-    print(f"record: {path}")
+    return path
 
 
 def main():
@@ -528,6 +600,7 @@ def main():
     parser.add_argument("--record", metavar="FOLDER", help="write <date>-<gpu>.json there")
     parser.add_argument("--tiny", action="store_true", help="try this script on the CPU")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--warm-calls", help=argparse.SUPPRESS)
     args = parser.parse_args()
     TINY = args.tiny
     import torch
@@ -536,24 +609,33 @@ def main():
     if args.memory_of:
         print(json.dumps(memory_of(*args.memory_of)))
         return
+    if args.warm_calls is not None:
+        print(json.dumps(warm_calls([n for n in args.warm_calls.split(",") if n])))
+        return
     unknown = set(args.parts) - {"models", "pipelines", "memory"}
     if unknown:
         parser.error(f"found {sorted(unknown)}, expected models, pipelines, memory")
     names = set(filter(None, args.only.split(",")))
     parts = args.parts or ["models", "pipelines", "memory"]
     result, text = {"versions": versions()}, []
+
+    def save(part, rows):
+        result[part] = rows
+        if args.record:
+            write_record(args.record, result)
+
     if "memory" in parts:  # first: this process holds nothing yet
-        result["memory"] = memory(names)
+        save("memory", memory(names))
         text.append(memory_table(result["memory"]))
     if "models" in parts:
-        result["models"] = models(names, args.rounds, args.torch_compile)
+        models(names, args.rounds, args.torch_compile, lambda rows: save("models", rows))
         text.insert(0, models_table(result["models"]))
     if "pipelines" in parts:
-        result["pipelines"] = pipelines(names, args.runs)
+        save("pipelines", pipelines(names, args.runs))
         text.append(pipelines_table(result["pipelines"]))
     print("\n" + "\n\n".join(text) + "\n\n" + json.dumps(result["versions"]))
     if args.record:
-        write_record(args.record, result)
+        print(f"record: {write_record(args.record, result)}")
 
 
 if __name__ == "__main__":
