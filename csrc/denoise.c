@@ -229,7 +229,7 @@ build_args(const loop *l)
     ac_build_args args = {.entry = "forward", .batch = l->batch, .height = a->height,
                           .width = a->width, .tokens = a->tokens,
                           .timesteps = a->schedule->n_rows, .loop = true, .io_dtype = l->io,
-                          .compute = a->compute};
+                          .compute = a->compute, .tf32 = a->tf32};
     for (int32_t i = 0; i < a->n_conditions; i++) {
         if (strcmp(a->condition[i].name, "time_ids") == 0) {
             args.time_ids = a->condition[i].tensor.shape.dim[1];

@@ -37,6 +37,7 @@ typedef struct ac_denoise_args {
     int64_t tokens;
     ac_dtype compute;       /* of the UNet's activations; what the UNet is given has the dtype of
                              * "encoder_hidden_states", latents and the sampler are f32 or better */
+    int32_t tf32;           /* AC_TF32_*, of the UNet */
     double guidance_scale;  /* <= 1: no guidance, batch n */
     double guidance_rescale; /* 0: off (Lin et al. 2023, section 3.4) */
     ac_rng *rng;            /* n of them, or one for all images as PyTorch draws for a batch */

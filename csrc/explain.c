@@ -48,8 +48,8 @@ step_text(const ac_plan *plan, int32_t s, ac_text *text)
     }
     ac_text_printf(text, "%s {", step->problem.n_inputs > 6 ? " ..." : "");
     ac_op_attr_text(step->problem.op, &step->problem.attr, text);
-    ac_text_printf(text, "} %.3f GFLOP %.2f MB  # %s\n", step->flops / 1e9, step->bytes / 1e6,
-                   node->name);
+    ac_text_printf(text, "}%s %.3f GFLOP %.2f MB  # %s\n", step->problem.tf32 ? " tf32" : "",
+                   step->flops / 1e9, step->bytes / 1e6, node->name);
 }
 
 static void
@@ -77,8 +77,9 @@ step_json(const ac_plan *plan, int32_t s, ac_text *text)
     ac_text_json_string(text, step->kernel->name);
     ac_text_printf(text, ",\"node\":");
     ac_text_json_string(text, plan->graph->nodes[step->node].name);
-    ac_text_printf(text, ",\"flops\":%.0f,\"bytes\":%.0f,\"scratch\":%zu,\"scratch_offset\":%zu,"
-                         "\"output\":", step->flops, step->bytes, step->scratch,
+    ac_text_printf(text, ",\"tf32\":%s,\"flops\":%.0f,\"bytes\":%.0f,\"scratch\":%zu,"
+                         "\"scratch_offset\":%zu,\"output\":",
+                   step->problem.tf32 ? "true" : "false", step->flops, step->bytes, step->scratch,
                    step->scratch_offset);
     operand_json(plan, &step->problem.output, step->output, text);
     ac_text_printf(text, ",\"attr\":");

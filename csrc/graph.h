@@ -52,6 +52,7 @@ struct ac_graph {
     int32_t n_nodes, cap_nodes;
     ac_map weights;   /* name -> value: one value a weight, however often it is used */
     ac_dtype dtype;   /* of activations */
+    int32_t tf32;     /* AC_TF32_*: what devices that have it may do */
     int32_t stream_exponent; /* the residual stream is kept times 2^this: passes/rescale.c */
     ac_status status; /* sticky; 0 while all is well */
     char *message;    /* of the first error, in the arena */

@@ -21,6 +21,7 @@ typedef struct ac_problem {
     int32_t n_inputs;
     ac_tensor *input;
     ac_tensor output;
+    bool tf32; /* f32: what is multiplied may be rounded to TF32 */
 } ac_problem;
 
 static inline const ac_tensor *

@@ -191,6 +191,7 @@ own_args(const ac_model *m, const ac_build_args *args, ac_build_args *out)
                         m->cls->name);
     }
     out->entry = *entry;
+    out->tf32 = args->compute == AC_F32 ? args->tf32 & (AC_TF32_MATMUL | AC_TF32_CONV) : 0;
     return AC_OK;
 }
 
@@ -201,7 +202,7 @@ same_args(const ac_build_args *a, const ac_build_args *b)
            a->width == b->width && a->tokens == b->tokens && a->timesteps == b->timesteps &&
            a->time_ids == b->time_ids && a->loop == b->loop && a->masked == b->masked &&
            a->hidden_states == b->hidden_states && a->clip_skip == b->clip_skip &&
-           a->io_dtype == b->io_dtype && a->compute == b->compute;
+           a->io_dtype == b->io_dtype && a->compute == b->compute && a->tf32 == b->tf32;
 }
 
 /* What the weights really are, before passes look: kernels and casts depend on it. */
@@ -221,6 +222,7 @@ build_graph(const ac_model *m, const ac_build_args *args, const ac_dumps *dumps,
 {
     ac_graph *g;
     AC_TRY(ac_graph_new(args->compute, &g));
+    g->tf32 = args->tf32;
     m->cls->build(m->config, args, g);
     ac_status status = ac_graph_status(g);
     if (status == AC_OK) {

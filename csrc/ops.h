@@ -33,6 +33,9 @@ typedef enum ac_act {
 
 const char *ac_act_name(ac_act act);
 
+/* Where products of f32 may round what they multiply to TF32 (11 bits); sums stay f32. */
+enum { AC_TF32_MATMUL = 1, AC_TF32_CONV = 2 };
+
 /* Operand slots.  An absent optional operand is AC_NONE in a graph, rank -1 in a problem. */
 enum { AC_LINEAR_X, AC_LINEAR_W, AC_LINEAR_B, AC_LINEAR_RESIDUAL, AC_LINEAR_X2 };
 enum { AC_CONV_X, AC_CONV_W, AC_CONV_B, AC_CONV_RESIDUAL, AC_CONV_X2 };

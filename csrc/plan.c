@@ -72,6 +72,17 @@ node_flops(const ac_planner *p, const ac_node *node)
                        &p->g->values[node->output].shape);
 }
 
+/* A 1x1 convolution that became a LINEAR is still one: its weight says so. */
+static bool
+allows_tf32(const ac_graph *g, const ac_problem *p)
+{
+    bool conv = p->op == AC_OP_CONV2D || p->op == AC_OP_UP_CONV2D ||
+                (p->op == AC_OP_LINEAR && p->input[AC_LINEAR_W].shape.rank == 4);
+    bool product = conv || p->op == AC_OP_LINEAR || p->op == AC_OP_ATTENTION;
+    return product && p->output.dtype == AC_F32 &&
+           (g->tf32 & (conv ? AC_TF32_CONV : AC_TF32_MATMUL)) != 0;
+}
+
 static ac_status
 make_step(ac_planner *p, int32_t node_index, ac_step *step)
 {
@@ -89,6 +100,7 @@ make_step(ac_planner *p, int32_t node_index, ac_step *step)
         step->problem.input[k] = operand_of(p, node->input[k]);
     }
     step->problem.output = operand_of(p, node->output);
+    step->problem.tf32 = allows_tf32(p->g, &step->problem);
     AC_TRY(choose_kernel(p, step));
     const ac_caps *caps = &plan->device->caps;
     if (step->kernel->scratch) {

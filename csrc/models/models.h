@@ -41,6 +41,7 @@ typedef struct ac_build_args {
                             * hidden_states[-(k+1)]; what comes after it is dead */
     ac_dtype io_dtype;     /* of float inputs and outputs at the edges */
     ac_dtype compute;      /* of activations: f32 on the CPU */
+    int32_t tf32;          /* AC_TF32_*; of effect where compute is f32 and the device has it */
 } ac_build_args;
 
 typedef struct ac_model_class {

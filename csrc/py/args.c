@@ -26,6 +26,7 @@ static const field fields[] = {
     {"clip_skip", offsetof(ac_build_args, clip_skip), 0, 'i'},
     {"io_dtype", offsetof(ac_build_args, io_dtype), 0, 'd'},
     {"compute", offsetof(ac_build_args, compute), 0, 'd'},
+    {"tf32", offsetof(ac_build_args, tf32), 0, 'i'},
 };
 
 /* The engine compares entries by text before it keeps its own; the strings here live for ever. */

@@ -20,7 +20,7 @@ typedef struct ac_blas_key {
     int32_t out_dtype; /* that, or f32 */
     int32_t bias, residual; /* bool */
     int32_t w_by_k;    /* bool: w is [k, n], not [n, k] */
-    int32_t pad;
+    int32_t tf32;      /* bool: f32 factors may be rounded to TF32 */
 } ac_blas_key;
 
 typedef struct ac_blas_call {

@@ -157,7 +157,8 @@ describe(product *p)
     cublasOperation_t w_as = k->w_by_k ? CUBLAS_OP_N : CUBLAS_OP_T;
     uint64_t w_size[2] = {(uint64_t)(k->w_by_k ? k->n : k->k), (uint64_t)(k->w_by_k ? k->k : k->n)};
     cublasLtEpilogue_t epilogue = k->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    LT(MatmulDescCreate, &p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    LT(MatmulDescCreate, &p->desc, k->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F,
+       CUDA_R_32F);
     LT(MatmulDescSetAttribute, p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &w_as, sizeof w_as);
     LT(MatmulDescSetAttribute, p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
     LT(MatrixLayoutCreate, &p->w, type, w_size[0], w_size[1], k->w_row);
@@ -266,10 +267,10 @@ int
 ac_blas_key_text(char *text, size_t size, const char *what, const ac_blas_key *k)
 {
     return snprintf(text, size,
-                    "cublasLt %zu %s %s%s m%lld n%lld k%lld rows %lld %lld%s %lld %lld b%d",
+                    "cublasLt %zu %s %s%s%s m%lld n%lld k%lld rows %lld %lld%s %lld %lld b%d",
                     lt.GetVersion(), what, ac_dtype_name((ac_dtype)k->dtype),
-                    k->out_dtype == k->dtype ? "" : " to float32", (long long)k->m,
-                    (long long)k->n, (long long)k->k, (long long)k->x_row, (long long)k->w_row,
+                    k->out_dtype == k->dtype ? "" : " to float32", k->tf32 ? " tf32" : "",
+                    (long long)k->m, (long long)k->n, (long long)k->k, (long long)k->x_row, (long long)k->w_row,
                     k->w_by_k ? "k" : "", (long long)k->out_row, (long long)k->residual_row,
                     (int)k->bias);
 }

@@ -182,7 +182,7 @@ run_job(job *j)
 
 /* Rows at one distance, columns side by side, everything in units of 16 bytes. */
 static bool
-key_of(const ac_gemm *g, ac_blas_key *key)
+key_of(const ac_gemm *g, bool tf32, ac_blas_key *key)
 {
     int64_t unit = 16 / (int64_t)ac_dtype_size(g->x[0].dtype);
     bool residual = g->residual.data, two = g->channels[1] > 0;
@@ -196,7 +196,8 @@ key_of(const ac_gemm *g, ac_blas_key *key)
                          .dtype = g->x[0].dtype,
                          .out_dtype = g->x[0].dtype,
                          .bias = g->bias != NULL,
-                         .residual = residual};
+                         .residual = residual,
+                         .tf32 = tf32};
     if (key->m == 1 && !two) { /* one row has no distance */
         key->x_row = key->k;
         key->out_row = key->n;
@@ -217,7 +218,7 @@ supports(const ac_problem *p, const ac_caps *caps)
     ac_gemm g;
     ac_blas_key key;
     ac_dtype dtype = p->output.dtype;
-    if (!ac_gemm_of(p, &g) || !key_of(&g, &key) || g.rows < 1 ||
+    if (!ac_gemm_of(p, &g) || !key_of(&g, p->tf32, &key) || g.rows < 1 ||
         caps->isa < (dtype == AC_BF16 ? 80 : 75)) {
         return false;
     }
@@ -240,7 +241,7 @@ scratch_bytes(const ac_problem *p, const ac_caps *caps)
     ac_blas_key key;
     (void)caps;
     ac_gemm_of(p, &g);
-    key_of(&g, &key);
+    key_of(&g, p->tf32, &key);
     int64_t rows = AC_MIN(rows_at_once(&g, &key), key.m);
     return AC_BLAS_WORKSPACE + (g.gated ? at(2 * rows * key.n, key.dtype) : 0);
 }
@@ -261,7 +262,7 @@ launch(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared)
     int previous;
     job j = {.scratch = scratch, .call = {.lane = lane, .workspace = scratch, .factor = 1.0f}};
     ac_gemm_of(p, &j.g);
-    key_of(&j.g, &j.key);
+    key_of(&j.g, p->tf32, &j.key);
     if (!aligned(&j.g)) {
         return run_own(lane, &j.g);
     }

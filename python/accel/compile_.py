@@ -183,7 +183,9 @@ def compile(x, *, passes_off=""):  # the name is the point
         diffusers pipeline
         With parameters of one dtype, float32, float16 or bfloat16, on the CPU or one NVIDIA GPU,
         in eval mode. The CPU computes in float32; a GPU in the parameters' dtype, in the current
-        stream, and nothing waits for it.
+        stream, and nothing waits for it. In float32 on a GPU, PyTorch's switches for TF32 are
+        read at each call: `torch.backends.cuda.matmul` for linear layers and attention,
+        `torch.backends.cudnn` for convolutions.
     passes_off : str
         Names of graph passes to leave out, for finding faults.
 

@@ -114,6 +114,14 @@ class Native:
         name = str(self.watch.dtype).removeprefix("torch.")
         return "float32" if self.watch.device.type == "cpu" else name
 
+    @property
+    def precision(self):
+        """The plan's arguments that say how it computes, as PyTorch is set now."""
+        from . import torch_tf32
+
+        compute = self.compute
+        return {"compute": compute, "tf32": torch_tf32.of(self.watch.device, compute)}
+
     # ---- following the module --------------------------------------------------------------------
 
     def _follow(self, module):
@@ -272,13 +280,14 @@ class Native:
 
     @contextlib.contextmanager
     def running(self, module, args):
-        """The engine's model, bound and checked, for as long as a loop of `args` runs; raises
-        Fallback."""
+        """The engine's model, bound and checked, for as long as a loop of `args` runs; adds to them
+        how it computes.  Raises Fallback."""
         import torch
 
         with self.lock:
             self._follow(module)
-            self._lay_out(args | {"compute": self.compute})
+            args.update(self.precision)
+            self._lay_out(args)
             self._check_sources()
             self._prompt_weights_changed()
             model = self.model
@@ -409,7 +418,7 @@ class Native:
             request = self.calls.request(method, module, self.watch.dtype, device,
                                          dict(bound.arguments), defaults)
             if device.type == "cuda":
-                request.args["compute"] = self.compute
+                request.args.update(self.precision)
                 stream = torch.cuda.current_stream(device).cuda_stream
             self._lay_out(request.args)
             self._check_sources()
