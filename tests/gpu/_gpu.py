@@ -9,6 +9,7 @@ the truth.
 import contextlib
 import gc
 import json
+import os
 import pathlib
 
 import torch
@@ -17,7 +18,17 @@ import accel
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FACTOR = 1.1
+SEEDS = 4
 HALVES = (torch.float16, torch.bfloat16)
+
+
+def note(kind, what, text, **figures):
+    """Prints a line of the record, and adds it to the file that tools/gpu_test.py reads."""
+    print(f"\n{kind} {what}: {text}", flush=True)
+    path = os.environ.get("ACCEL_TEST_FIGURES")
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps({"kind": kind, "what": what} | figures) + "\n")
 
 
 def config_of(name):
@@ -101,36 +112,43 @@ def compiled(module, runs=1):
 def check_errors(ours, theirs, what, factor=FACTOR):
     """The bound on the means; prints both, for the record."""
     mine, other = sum(ours) / len(ours), sum(theirs) / len(theirs)
-    print(f"\nPARITY {what}: ours {mine:.3e}, PyTorch's own {other:.3e}, "
-          f"{mine / other:.3f} of it over {len(ours)} seeds", flush=True)
+    note("PARITY", what, f"ours {mine:.3e}, PyTorch's own {other:.3e}, {mine / other:.3f} of it "
+         f"over {len(ours)} seeds", ours=mine, pytorch=other, ratio=round(mine / other, 4),
+         allowed=factor, seeds=len(ours))
     assert 0.0 < other < 0.5, f"{what}: {other} proves nothing, choose another case"
     assert mine <= factor * other, f"{what}: found {ours}, PyTorch's own {theirs}"
 
 
-def half_parity(name, dtype, call, inputs, seeds, **changes):
+def half_parity(name, dtype, call, inputs, case="", seeds=SEEDS, **changes):
     """The bound for one module: `call(module, inputs)` gives a tensor or a dict of tensors.
+
+    The module is compiled once: for the later seeds the engine must notice the new weights.
 
     Parameters
     ----------
     inputs : callable(seed, dtype) -> what call takes
+    case : str, what the record calls it beside the names of the module and the dtype
     """
     half, full = make(name, dtype, **changes), make(name, **changes)
-    ours, theirs = {}, {}
+    truths, ours, theirs = [], {}, {}
     for seed in range(seeds):
         fill(half, seed)
         full.load_state_dict(half.state_dict())
-        truth = results(call(full, inputs(seed, torch.float32)))
-        reference = results(call(half, inputs(seed, dtype)))
-        with compiled(half):
-            found = results(call(half, inputs(seed, dtype)))
-        for key, exact in truth.items():
-            assert found[key].dtype == reference[key].dtype, key
-            ours.setdefault(key, []).append(error(found[key], exact))
-            theirs.setdefault(key, []).append(error(reference[key], exact))
-        del truth, reference, found
-        free()
-    for key in ours:
-        check_errors(ours[key], theirs[key], f"{name} {str(dtype)[6:]} {key}".rstrip())
+        truths.append(results(call(full, inputs(seed, torch.float32))))
+        for key, found in results(call(half, inputs(seed, dtype))).items():
+            assert found.dtype == dtype, key
+            theirs.setdefault(key, []).append(error(found, truths[seed][key]))
+    del full
+    free()
+    with compiled(half, runs=seeds):
+        for seed in range(seeds):
+            fill(half, seed)
+            for key, found in results(call(half, inputs(seed, dtype))).items():
+                assert found.dtype == dtype, key
+                ours.setdefault(key, []).append(error(found, truths[seed][key]))
+    for key in theirs:
+        what = " ".join(filter(None, (name, str(dtype)[6:], case, key)))
+        check_errors(ours[key], theirs[key], what)
 
 
 def results(value):

@@ -15,7 +15,7 @@ import torch
 for folder in ("torchfree", "drop_in"):
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / folder))
 
-from _gpu import error, fill, free, make, randn  # noqa: E402
+from _gpu import error, fill, free, make, note, randn  # noqa: E402
 from dropin import call, inputs, module, ran  # noqa: E402
 
 import accel  # noqa: E402
@@ -322,6 +322,7 @@ def big():
     return m, args
 
 
+@pytest.mark.alone
 def test_weights_are_not_doubled():
     fast, args = big()
     size = sum(p.nbytes for p in fast.parameters())
@@ -332,13 +333,14 @@ def test_weights_are_not_doubled():
             out = fast(*args).sample
     assert near(out, plain, 0.02)
     report = accel.report(fast)
-    print(f"\nMEMORY sd15_unet: parameters {size / 1e6:.0f} MB, derived "
-          f"{report['derived_bytes'] / 1e6:.0f} MB, copies {report['copied_bytes'] / 1e6:.0f} MB, "
-          f"arena {report['arena_bytes'] / 1e6:.0f} MB")
+    parts = {"parameters": size} | {n: report[f"{n}_bytes"] for n in ("derived", "copied", "arena")}
+    note("MEMORY", "sd15_unet, float16",
+         ", ".join(f"{n} {b / 1e6:.0f} MB" for n, b in parts.items()), **parts)
     assert report["copied_bytes"] == 0
     assert report["derived_bytes"] < 0.1 * size, report["derived"]
 
 
+@pytest.mark.alone
 def test_offload_frees_the_gpu_and_comes_back():
     fast, args = big()
     fast.to("cpu")
@@ -361,11 +363,14 @@ def test_offload_frees_the_gpu_and_comes_back():
         start = time.perf_counter()
         fast(*args)
         torch.cuda.synchronize()
-        print(f"\nREBIND sd15_unet: first call {took * 1e3:.0f} ms, next "
-              f"{(time.perf_counter() - start) * 1e3:.0f} ms")
+        after = time.perf_counter() - start
+        note("REBIND", "sd15_unet, float16",
+             f"first call {took * 1e3:.0f} ms, next {after * 1e3:.0f} ms",
+             first_ms=round(took * 1e3, 1), next_ms=round(after * 1e3, 1))
         assert torch.equal(again, first)
 
 
+@pytest.mark.alone
 def test_deleting_it_frees_everything():
     free()
     start = None
@@ -382,6 +387,7 @@ def test_deleting_it_frees_everything():
         assert now - start < 16 * MB, f"{(now - start) / MB:.0f} MB more"
 
 
+@pytest.mark.alone
 def test_memory_is_flat_over_sizes():
     fast = accel.compile(module("unet", dtype=torch.float16).to(DEVICE))
     sizes = [(1 + i % 3, 8 + 8 * (i % 5), 5 + i) for i in range(20)]
@@ -395,6 +401,7 @@ def test_memory_is_flat_over_sizes():
     assert marks[1] - marks[0] < 8 * MB, marks
 
 
+@pytest.mark.alone
 def test_out_of_memory_leaves_nothing():
     free()
     fast = accel.compile(module("unet", dtype=torch.float16).to(DEVICE))

@@ -22,4 +22,4 @@ def call(module, tokens):
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name", ["clip_l", "clip_bigg"])
 def test_full_size(name, dtype):
-    half_parity(name, dtype, call, lambda seed, _dtype: ids(seed), 4)
+    half_parity(name, dtype, call, lambda seed, _dtype: ids(seed))

@@ -212,6 +212,7 @@ def test_stock_loop_over_compiled_components(sd):
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("order", ["compile first", "offload first"])
 def test_model_offload(folders, order):
     pytest.importorskip("accelerate")
@@ -246,6 +247,7 @@ def test_dtype_changes_and_decompile(folders):
     assert first.shape == draw(fast).shape
 
 
+@pytest.mark.alone
 def test_deleting_a_pipeline(folders):
     marks = []
     for _ in range(3):
@@ -355,6 +357,7 @@ def test_wrong_devices_and_dtypes(own, folders):
         assert difference(picture(second), picture(cpu)) <= TOLERANCE
 
 
+@pytest.mark.alone
 def test_own_pipeline_is_freed(folders):
     marks = []
     for _ in range(3):
