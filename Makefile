@@ -11,7 +11,7 @@ CSRC    := $(wildcard csrc/*.c csrc/models/*.c csrc/passes/*.c csrc/schedulers/*
 OBJ     := $(CSRC:%.c=$(B)/%.o)
 CTESTS  := $(patsubst tests/c/%.c,$(B)/tests/%,$(wildcard tests/c/test_*.c))
 
-.PHONY: help lib check-c cuda cuda-headers test-gpu test-gpu-python demo test test-install test-build test-run \
+.PHONY: FORCE help lib check-c cuda cuda-headers test-gpu test-gpu-python demo test test-install test-build test-run \
         sanitize tsan oom fuzz san-extension clean
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,13 +36,19 @@ check-c: $(CTESTS) ## build and run the C tests
 # ---- CUDA: the second library, built only where nvcc is -------------------------------------------
 
 NVCC             ?= nvcc
-# "75;80;86;89;90a;100;120" or "9.0a 12.0"; CI builds 90a alone.
+# Compute capabilities to build for, as in "75;80;90a" or "9.0a 12.0+PTX" (PTX: for later ones too);
+# empty: from 75 on all that nvcc knows.  CI builds 90a alone.
 ACCEL_CUDA_ARCHS ?= 90a
 CUDA_SO          := python/accel/libaccel_cuda.so
-GENCODE          := $(foreach a,$(subst ;, ,$(subst .,,$(ACCEL_CUDA_ARCHS))),-gencode arch=compute_$(a),code=sm_$(a))
 # Headers of NVIDIA's libraries: those of nvcc, of NVIDIA's pip packages, of `make cuda-headers`.
 # Without a header the files that need it are left out.
 NVCC_PATH        := $(shell command -v $(NVCC))
+CUDA_KNOWN       := $(if $(NVCC_PATH),$(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch)))
+CUDA_ALL         := $(foreach a,75 80 86 89 90a 100 120,$(if $(filter $(a:a=),$(CUDA_KNOWN)),$(a)))
+CUDA_ALL         := $(filter-out $(lastword $(CUDA_ALL)),$(CUDA_ALL)) $(lastword $(CUDA_ALL))+PTX
+CUDA_ARCHS       := $(or $(strip $(subst ;, ,$(subst .,,$(ACCEL_CUDA_ARCHS)))),$(CUDA_ALL))
+GENCODE          := $(foreach a,$(CUDA_ARCHS:+PTX=),-gencode arch=compute_$(a),code=sm_$(a)) \
+                    $(foreach a,$(patsubst %+PTX,%,$(filter %+PTX,$(CUDA_ARCHS))),-gencode arch=compute_$(a:a=),code=compute_$(a:a=))
 CUDA_INCLUDES    := $(if $(NVCC_PATH),$(dir $(realpath $(NVCC_PATH)))../include /usr/local/cuda/include /usr/include \
                       $(wildcard build/headers/nvidia/*/include $(or $(VENV),.venv)/lib/python3*/site-packages/nvidia/*/include) \
                       $(shell python3 -c 'import glob, nvidia; [print(f) for p in nvidia.__path__ for f in glob.glob(p + "/*/include")]' 2>/dev/null))
@@ -56,13 +62,19 @@ CUDA_OBJ         := $(patsubst %.cu,$(B)/%.cu.o,$(wildcard kernels/cuda/*.cu)) \
                     $(patsubst %.c,$(B)/cuda/%.o,$(CUDA_C) csrc/tensor.c)
 CUDA_HOST_FLAGS  := -fPIC,-fvisibility=hidden
 
-$(B)/%.cu.o: %.cu $(wildcard kernels/cuda/*.cuh kernels/cuda/*.h) csrc/base.h csrc/tensor.h csrc/ops.h csrc/ops.def csrc/kernel.h csrc/device.h csrc/sampler.h
+# What objects were built for: another list builds them anew.
+$(B)/cuda/archs: FORCE
+	@mkdir -p $(@D)
+	@echo '$(CUDA_ARCHS) $(CUDA_FLAGS)' | cmp -s - $@ || echo '$(CUDA_ARCHS) $(CUDA_FLAGS)' > $@
+FORCE:
+
+$(B)/%.cu.o: %.cu $(B)/cuda/archs $(wildcard kernels/cuda/*.cuh kernels/cuda/*.h) csrc/base.h csrc/tensor.h csrc/ops.h csrc/ops.def csrc/kernel.h csrc/device.h csrc/sampler.h
 	@mkdir -p $(@D)
 	$(NVCC) -std=c++20 -O3 $(GENCODE) -Xcompiler $(CUDA_HOST_FLAGS),-Wall -c $< -o $@
 
-$(B)/cuda/%.o: %.c $(wildcard kernels/cuda/*.h) csrc/base.h csrc/tensor.h csrc/ops.h csrc/ops.def csrc/kernel.h csrc/device.h csrc/sampler.h
+$(B)/cuda/%.o: %.c $(B)/cuda/archs $(wildcard kernels/cuda/*.h) csrc/base.h csrc/tensor.h csrc/ops.h csrc/ops.def csrc/kernel.h csrc/device.h csrc/sampler.h
 	@mkdir -p $(@D)
-	$(NVCC) -O2 -x c $(CUDA_FLAGS) -Xcompiler -std=c11,-D_GNU_SOURCE,-Wall,-Wextra,$(CUDA_HOST_FLAGS) -c $< -o $@
+	$(NVCC) -O2 -x c $(CUDA_FLAGS) -DAC_CUDA_ARCHS='"$(CUDA_ARCHS)"' -Xcompiler -std=c11,-D_GNU_SOURCE,-Wall,-Wextra,$(CUDA_HOST_FLAGS) -c $< -o $@
 
 $(CUDA_SO): $(CUDA_OBJ)
 	@mkdir -p $(@D)

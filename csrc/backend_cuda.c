@@ -23,6 +23,7 @@ static const ac_host host = {
     .alloc = ac_malloc,
     .free = ac_free,
     .verror = ac_verror,
+    .message = ac_error_message,
     .log = host_log,
 };
 

@@ -10,7 +10,7 @@
 #include "kernel.h"
 #include "sampler.h"
 
-#define AC_ABI 4 /* of ac_backend and everything it reaches; another number is refused */
+#define AC_ABI 6 /* of ac_backend and everything it reaches; another number is refused */
 
 typedef struct ac_host {
     uint32_t abi;
@@ -18,6 +18,7 @@ typedef struct ac_host {
     void (*free)(void *memory);
     /* Sets the calling thread's message; returns status. */
     ac_status (*verror)(ac_status status, const char *format, va_list args);
+    const char *(*message)(void); /* that message */
     void (*log)(int level, const char *message);
 } ac_host;
 
@@ -38,6 +39,12 @@ typedef struct ac_backend {
     /* Opens device number `index`; *self is the backend's own state. */
     ac_status (*open)(int32_t index, void **self, ac_caps *caps);
     void (*close)(void *self);
+    /* `message`: of a run that failed with AC_E_DEVICE, for a backend that repeats it.  NULL: need
+     * not know. */
+    void (*failed)(void *self, const char *message);
+    /* The device and the libraries it uses, by lines from 0; false: no such line.  *warning: the
+     * line says what is missed.  NULL: nothing to say. */
+    bool (*describe)(void *self, int32_t line, bool *warning, char *text, size_t size);
     /* Device memory, 256-byte aligned.  OutOfMemory names bytes wanted and free. */
     ac_status (*alloc)(void *self, size_t bytes, void **out);
     void (*free)(void *self, void *memory);

@@ -359,6 +359,9 @@ leave_failed(ac_exec *e, ac_device_lane *lane, ac_status status)
     if (!ac_exec_on_host(e)) {
         device->backend->sync(device->self, lane->lane);
     }
+    if (status == AC_E_DEVICE && device->backend->failed) {
+        device->backend->failed(device->self, message);
+    }
     if (status == AC_E_MEMORY) {
         release_all(e);
         ac_device_lane_shrink(device, lane);

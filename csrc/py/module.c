@@ -59,6 +59,46 @@ kernel_names(const ac_device *device)
     return list;
 }
 
+/* What the backend says of itself: all lines, or only those that say what is missed. */
+static PyObject *
+description(const ac_device *device, bool warnings)
+{
+    PyObject *list = PyList_New(0);
+    char text[256];
+    bool warning, more = device->backend->describe != NULL;
+    for (int32_t i = 0; list && more; i++) {
+        warning = false;
+        Py_BEGIN_ALLOW_THREADS
+        more = device->backend->describe(device->self, i, &warning, text, sizeof text);
+        Py_END_ALLOW_THREADS
+        if (more && (warning || !warnings)) {
+            PyObject *line = PyUnicode_FromString(text);
+            if (!line || PyList_Append(list, line) < 0) {
+                Py_CLEAR(list);
+            }
+            Py_XDECREF(line);
+        }
+    }
+    return list;
+}
+
+static PyObject *
+device_entry(const ac_device *device)
+{
+    PyObject *kernels = kernel_names(device);
+    PyObject *lines = kernels ? description(device, false) : NULL;
+    PyObject *missed = lines ? description(device, true) : NULL;
+    if (!missed) {
+        Py_XDECREF(kernels);
+        Py_XDECREF(lines);
+        return NULL;
+    }
+    return Py_BuildValue("{sssisisisNsNsN}", "backend", device->backend->name, "index",
+                         (int)device->index, "isa", (int)device->caps.isa, "workers",
+                         (int)device->caps.workers, "kernels", kernels, "description", lines,
+                         "missed", missed);
+}
+
 static PyObject *
 py_device(PyObject *module, PyObject *args)
 {
@@ -74,12 +114,7 @@ py_device(PyObject *module, PyObject *args)
     if (status < 0) {
         return ac_py_raise(PyModule_GetState(module), status);
     }
-    PyObject *kernels = kernel_names(device);
-    PyObject *result = kernels ? Py_BuildValue("{sssisisisN}", "backend", device->backend->name,
-                                               "index", (int)device->index, "isa",
-                                               (int)device->caps.isa, "workers",
-                                               (int)device->caps.workers, "kernels", kernels)
-                               : NULL;
+    PyObject *result = device_entry(device);
     ac_device_unref(device);
     return result;
 }
@@ -191,7 +226,8 @@ static PyMethodDef functions[] = {
     {"get_num_threads", py_get_num_threads, METH_NOARGS,
      PyDoc_STR("get_num_threads()\n--\n\nThreads of the CPU backend.")},
     {"device", py_device, METH_VARARGS,
-     PyDoc_STR("device(name)\n--\n\nOpens a device: backend, index, isa, workers, kernels.")},
+     PyDoc_STR("device(name)\n--\n\nOpens a device: backend, index, isa, workers, kernels; in "
+               "words what it is and uses (description), and of that what is missed.")},
     {"trim", py_trim, METH_VARARGS,
      PyDoc_STR("trim(device)\n--\n\nFrees the memory for activations that no run is using.")},
     {"model_classes", py_model_classes, METH_NOARGS,

@@ -42,6 +42,7 @@ static struct library {
 } lt;
 
 static pthread_once_t lt_once = PTHREAD_ONCE_INIT;
+static const char *lt_missing; /* why it is not used; NULL: it is */
 
 static void
 load_library(void)
@@ -50,8 +51,9 @@ load_library(void)
     static const char *const folders[] = {"cu13", "cublas"};
     void *library = ac_cuda_library_open(&(ac_library_search){names, 2, folders, 2});
     if (!library) {
-        ac_cuda_log(1, "cuda: no cuBLASLt 12 or 13 was found; own kernels multiply "
-                       "(pip install nvidia-cublas)");
+        lt_missing = "no cuBLASLt 12 or 13 was found: own kernels multiply, slower "
+                     "(pip install nvidia-cublas)";
+        ac_cuda_log(1, "cuda: %s", lt_missing);
         return;
     }
     lt.found = true;
@@ -63,16 +65,30 @@ load_library(void)
     if (lt.found) {
         ac_cuda_log(2, "cuda: cuBLASLt %zu", lt.GetVersion());
     } else {
-        ac_cuda_log(1, "cuda: cuBLASLt lacks entry points; own kernels multiply");
+        lt_missing = "cuBLASLt lacks entry points: own kernels multiply, slower";
+        ac_cuda_log(1, "cuda: %s", lt_missing);
     }
+}
+
+bool
+ac_cuda_describe_blas(char *text, size_t size)
+{
+    if (!ac_blas_found()) {
+        snprintf(text, size, "%s", lt_missing);
+        return false;
+    }
+    size_t version = lt.GetVersion(); /* 130100, 120805 */
+    snprintf(text, size, "cuBLASLt %zu.%zu.%zu", version / 10000, version / 100 % 100,
+             version % 100);
+    return true;
 }
 
 static ac_status
 check(cublasStatus_t status, const char *call)
 {
-    return status == CUBLAS_STATUS_SUCCESS
-               ? AC_OK
-               : ac_cuda_fail(AC_E_DEVICE, "cuda: %s: cuBLAS status %d", call, (int)status);
+    return status == CUBLAS_STATUS_SUCCESS        ? AC_OK
+           : status == CUBLAS_STATUS_ALLOC_FAILED ? ac_cuda_no_memory(call)
+           : ac_cuda_fail(AC_E_DEVICE, "cuda: %s: cuBLAS status %d", call, (int)status);
 }
 
 #define LT(call, ...) AC_TRY(check(lt.call(__VA_ARGS__), "cublasLt" #call))
@@ -270,9 +286,9 @@ ac_blas_key_text(char *text, size_t size, const char *what, const ac_blas_key *k
                     "cublasLt %zu %s %s%s%s m%lld n%lld k%lld rows %lld %lld%s %lld %lld b%d",
                     lt.GetVersion(), what, ac_dtype_name((ac_dtype)k->dtype),
                     k->out_dtype == k->dtype ? "" : " to float32", k->tf32 ? " tf32" : "",
-                    (long long)k->m, (long long)k->n, (long long)k->k, (long long)k->x_row, (long long)k->w_row,
-                    k->w_by_k ? "k" : "", (long long)k->out_row, (long long)k->residual_row,
-                    (int)k->bias);
+                    (long long)k->m, (long long)k->n, (long long)k->k, (long long)k->x_row,
+                    (long long)k->w_row, k->w_by_k ? "k" : "", (long long)k->out_row,
+                    (long long)k->residual_row, (int)k->bias);
 }
 
 ac_status

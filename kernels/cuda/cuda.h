@@ -34,13 +34,18 @@ struct ac_lane {
 extern const ac_host *ac_cuda_host;
 
 ac_status ac_cuda_fail(ac_status status, const char *format, ...) AC_PRINTF(2, 3);
-/* A library status as ours: names the call and CUDA's own text. */
+/* A library status as ours: names the call and CUDA's own text; forgets it. */
 ac_status ac_cuda_check(cudaError_t status, const char *call);
+/* "out of memory: <what>", with what is free. */
+ac_status ac_cuda_no_memory(const char *what);
+/* Whether there is code for the current device in this library. */
+cudaError_t ac_cuda_probe(void);
 
 #define AC_CUDA(call) AC_TRY(ac_cuda_check((call), #call))
 
-/* Makes the lane's device current for the calling thread and tells what was; a lost device is an
- * error here.  Every enter that succeeds has its leave, which passes `status` on. */
+/* Makes the lane's device current for the calling thread; a lost device is an error here.  Every
+ * enter that succeeds has its leave, which gets *previous, makes current what was, and passes
+ * `status` on, or what is to be said of a device that was lost on the way. */
 ac_status ac_cuda_enter(const ac_lane *lane, int *previous);
 ac_status ac_cuda_leave(const ac_lane *lane, int previous, ac_status status);
 /* After a launch: `status` is what the launch gave; what it does later shows at a sync.  With

@@ -32,6 +32,7 @@ static struct library {
 } dnn;
 
 static pthread_once_t dnn_once = PTHREAD_ONCE_INIT;
+static const char *dnn_missing; /* why it is not used; NULL: it is */
 
 /* Attention is compiled by NVRTC, which cuDNN opens by name: that of pip's packages is not where
  * the loader looks. */
@@ -44,8 +45,9 @@ load_library(void)
     void *library = ac_cuda_library_open(&(ac_library_search){names, 1, folders, 1});
     bool complete = library != NULL;
     if (!library) {
-        ac_cuda_log(1, "cuda: no cuDNN 9 was found; own kernels take convolutions and attention "
-                       "(pip install nvidia-cudnn-cu13)");
+        dnn_missing = "no cuDNN 9 was found: own kernels take convolutions and attention, slower "
+                      "(pip install nvidia-cudnn-cu13)";
+        ac_cuda_log(1, "cuda: %s", dnn_missing);
         return;
     }
 #define X(name)                                                                                    \
@@ -54,8 +56,9 @@ load_library(void)
     ENTRY_POINTS(X)
 #undef X
     if (!complete) {
-        ac_cuda_log(1, "cuda: cuDNN lacks entry points; own kernels take convolutions and "
-                       "attention");
+        dnn_missing = "cuDNN lacks entry points: own kernels take convolutions and attention, "
+                      "slower";
+        ac_cuda_log(1, "cuda: %s", dnn_missing);
         return;
     }
     if (!ac_cuda_library_open(&(ac_library_search){compilers, 2, compiler_folders, 2})) {
@@ -70,6 +73,19 @@ ac_dnn_found(int32_t minor)
 {
     pthread_once(&dnn_once, load_library);
     return dnn.version >= (size_t)(90000 + 100 * minor);
+}
+
+bool
+ac_cuda_describe_dnn(char *text, size_t size)
+{
+    if (!ac_dnn_found(0)) {
+        snprintf(text, size, "%s", dnn_missing ? dnn_missing : "cuDNN is older than 9.0: own "
+                                                               "kernels take its place, slower");
+        return false;
+    }
+    snprintf(text, size, "cuDNN %zu.%zu.%zu", dnn.version / 10000, dnn.version / 100 % 100,
+             dnn.version % 100);
+    return true;
 }
 
 /* ---- descriptions ---------------------------------------------------------------------------- */
@@ -228,6 +244,9 @@ refuse(const char *what, cudnnStatus_t status)
     char text[200] = "";
     dnn.GetLastErrorString(text, sizeof text);
     text[strcspn(text, "\n")] = '\0';
+    if (status == CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED) {
+        return ac_cuda_no_memory(what);
+    }
     bool unsupported = CUDNN_STATUS_CATEGORY(status) != CUDNN_STATUS_EXECUTION_FAILED;
     return ac_cuda_fail(unsupported ? AC_E_UNSUPPORTED : AC_E_DEVICE,
                         "cuda: %s: cuDNN status %d %s", what, (int)status, text);

@@ -1,22 +1,13 @@
 /* device: the CUDA backend behind ac_backend_cuda, the library's only exported symbol.
  *
- * Every entry point sets the device it works on and restores the caller's: there is no "current
- * device" in the engine.  An error that ends the context marks the device lost: from then on every
- * call gives the first message.
+ * Every entry point enters the device it works on and leaves it (context.c).
  */
-#include "cuda.h"
+#include "context.h"
+#include "library.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-struct ac_cuda_device {
-    int32_t index;
-    bool sync;         /* ACCEL_SYNC=1 when it was opened */
-    int lost;          /* 0, 1 being written, 2: `first` is set; atomic */
-    char first[320];   /* message of the error that lost it */
-    ac_cuda_libraries *libraries; /* NULL until one is needed */
-};
 
 struct ac_recording {
     cudaGraphExec_t graph;
@@ -25,113 +16,6 @@ struct ac_recording {
 struct ac_event {
     cudaEvent_t event;
 };
-
-const ac_host *ac_cuda_host;
-
-ac_status
-ac_cuda_fail(ac_status status, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    status = ac_cuda_host->verror(status, format, args);
-    va_end(args);
-    return status;
-}
-
-ac_status
-ac_cuda_check(cudaError_t status, const char *call)
-{
-    if (status == cudaSuccess) {
-        return AC_OK;
-    }
-    return ac_cuda_fail(status == cudaErrorMemoryAllocation ? AC_E_MEMORY : AC_E_DEVICE,
-                        "cuda: %s: %s (%s)", call, cudaGetErrorString(status),
-                        cudaGetErrorName(status));
-}
-
-/* ---- the current device, and losing one ------------------------------------------------------ */
-
-static ac_status
-enter(ac_cuda_device *device, int *previous)
-{
-    if (__atomic_load_n(&device->lost, __ATOMIC_ACQUIRE) == 2) {
-        return ac_cuda_fail(AC_E_DEVICE, "cuda:%d was lost; the first error was: %s",
-                            device->index, device->first);
-    }
-    AC_CUDA(cudaGetDevice(previous));
-    if (*previous != device->index) {
-        AC_CUDA(cudaSetDevice(device->index));
-    }
-    return AC_OK;
-}
-
-static ac_status
-leave(ac_cuda_device *device, int previous, ac_status status)
-{
-    if (previous != device->index) {
-        cudaError_t back = cudaSetDevice(previous);
-        return status < 0 ? status : ac_cuda_check(back, "cudaSetDevice");
-    }
-    return status;
-}
-
-/* Errors after which the context answers nothing but the same error. */
-static bool
-is_final(cudaError_t status)
-{
-    switch (status) {
-    case cudaErrorIllegalAddress:
-    case cudaErrorLaunchFailure:
-    case cudaErrorLaunchTimeout:
-    case cudaErrorMisalignedAddress:
-    case cudaErrorInvalidAddressSpace:
-    case cudaErrorInvalidPc:
-    case cudaErrorIllegalInstruction:
-    case cudaErrorHardwareStackError:
-    case cudaErrorAssert:
-    case cudaErrorECCUncorrectable:
-    case cudaErrorNvlinkUncorrectable:
-    case cudaErrorContextIsDestroyed:
-    case cudaErrorDevicesUnavailable:
-        return true;
-    default:
-        return false;
-    }
-}
-
-static ac_status
-check(ac_cuda_device *device, cudaError_t status, const char *call)
-{
-    int unset = 0;
-    if (is_final(status) && __atomic_compare_exchange_n(&device->lost, &unset, 1, false,
-                                                        __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) {
-        snprintf(device->first, sizeof device->first, "%s: %s (%s)", call,
-                 cudaGetErrorString(status), cudaGetErrorName(status));
-        __atomic_store_n(&device->lost, 2, __ATOMIC_RELEASE);
-    }
-    return ac_cuda_check(status, call);
-}
-
-ac_status
-ac_cuda_enter(const ac_lane *lane, int *previous)
-{
-    return enter(lane->device, previous);
-}
-
-ac_status
-ac_cuda_leave(const ac_lane *lane, int previous, ac_status status)
-{
-    return leave(lane->device, previous, status);
-}
-
-ac_status
-ac_cuda_launched(const ac_lane *lane, cudaError_t status, const char *name)
-{
-    if (status == cudaSuccess && lane->device->sync && !lane->recording) {
-        status = cudaStreamSynchronize(lane->stream);
-    }
-    return check(lane->device, status, name);
-}
 
 ac_cuda_libraries **
 ac_cuda_libraries_slot(const ac_lane *lane)
@@ -144,16 +28,26 @@ ac_cuda_libraries_slot(const ac_lane *lane)
 static ac_status
 no_device(cudaError_t status)
 {
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
     int driver = 0, runtime = 0;
+    cudaGetLastError();
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
     if (driver == 0) {
-        return ac_cuda_fail(AC_E_DEVICE, "cuda: no NVIDIA driver was found on this machine");
+        return ac_cuda_fail(AC_E_DEVICE, "cuda: no NVIDIA driver was found on this machine "
+                                         "(libcuda.so.1), expected one for CUDA %d.0 or later",
+                            runtime / 1000);
     }
-    if (driver < runtime / 1000 * 1000) {
-        return ac_cuda_fail(AC_E_DEVICE, "cuda: the driver is for CUDA %d.%d, expected %d.0 or "
-                                         "later; update the driver", driver / 1000,
-                            driver % 1000 / 10, runtime / 1000);
+    if (status == cudaErrorInsufficientDriver || driver < runtime / 1000 * 1000) {
+        return ac_cuda_fail(AC_E_DEVICE, "cuda: found a driver for CUDA %d.%d, expected one for "
+                                         "%d.0 or later; update the driver, or build accel with "
+                                         "an older nvcc",
+                            driver / 1000, driver % 1000 / 10, runtime / 1000);
+    }
+    if (status == cudaErrorNoDevice) {
+        return ac_cuda_fail(AC_E_DEVICE, "cuda: the driver (CUDA %d.%d) found no GPU%s%.80s",
+                            driver / 1000, driver % 1000 / 10,
+                            visible ? "; CUDA_VISIBLE_DEVICES is " : "", visible ? visible : "");
     }
     return ac_cuda_check(status, "cudaGetDeviceCount");
 }
@@ -191,20 +85,31 @@ read_peaks(int32_t index, ac_caps *caps)
 }
 
 static ac_status
-cuda_open(int32_t index, void **self, ac_caps *caps)
+read_caps(int32_t index, ac_caps *caps)
 {
-    int count = 0, major, minor, processors;
-    cudaError_t status = cudaGetDeviceCount(&count);
-    if (status != cudaSuccess) {
-        return no_device(status);
-    }
-    if (index >= count) {
-        return ac_cuda_fail(AC_E_DEVICE, "device: found \"cuda:%d\", expected 0 to %d: this "
-                                         "machine has %d GPUs", index, count - 1, count);
-    }
+    int major, minor, processors;
     AC_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
     AC_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
     AC_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
+    *caps = (ac_caps){.isa = allowed_arch(major * 10 + minor), .workers = processors};
+    return read_peaks(index, caps);
+}
+
+static ac_status
+cuda_open(int32_t index, void **self, ac_caps *caps)
+{
+    int count = 0;
+    cudaError_t found = cudaGetDeviceCount(&count);
+    if (found != cudaSuccess) {
+        return no_device(found);
+    }
+    if (index >= count) {
+        return ac_cuda_fail(AC_E_DEVICE, "device: found \"cuda:%d\", expected \"cuda:0\"%s: this "
+                                         "machine has %d GPU%s", index,
+                            count > 1 ? " and up" : "", count, count > 1 ? "s" : "");
+    }
+    AC_TRY(ac_cuda_check_lost(index));
+    AC_TRY(read_caps(index, caps));
     ac_cuda_device *device = ac_cuda_host->alloc(sizeof *device);
     if (!device) {
         return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for",
@@ -212,8 +117,11 @@ cuda_open(int32_t index, void **self, ac_caps *caps)
     }
     const char *sync = getenv("ACCEL_SYNC");
     *device = (ac_cuda_device){.index = index, .sync = sync && strcmp(sync, "1") == 0};
-    *caps = (ac_caps){.isa = allowed_arch(major * 10 + minor), .workers = processors};
-    AC_TRY(read_peaks(index, caps));
+    ac_status status = ac_cuda_context_open(device);
+    if (status < 0) {
+        ac_cuda_host->free(device);
+        return status;
+    }
     *self = device;
     return AC_OK;
 }
@@ -223,27 +131,64 @@ cuda_close(void *self)
 {
     ac_cuda_device *device = self;
     int previous;
-    if (enter(device, &previous) == AC_OK) {
+    if (ac_cuda_device_enter(device, &previous) == AC_OK) { /* what a lost device had stays */
         ac_cuda_libraries_free(device->libraries);
-        leave(device, previous, AC_OK);
+        ac_cuda_device_leave(device, previous, AC_OK);
     }
     ac_cuda_host->free(device);
+}
+
+static void
+cuda_failed(void *self, const char *message)
+{
+    const ac_cuda_device *device = self;
+    ac_cuda_keep_message(device->index, message);
+}
+
+/* What a user asks about: the GPU and the driver, the libraries; `warning`: one that is missed. */
+static bool
+cuda_describe(void *self, int32_t line, bool *warning, char *text, size_t size)
+{
+    const ac_cuda_device *device = self;
+    struct cudaDeviceProp properties;
+    int driver = 0, runtime = 0;
+    *warning = false;
+    switch (line) {
+    case 0:
+        cudaDriverGetVersion(&driver);
+        cudaRuntimeGetVersion(&runtime);
+        if (cudaGetDeviceProperties(&properties, device->index) != cudaSuccess) {
+            cudaGetLastError();
+            return false;
+        }
+        snprintf(text, size, "%.60s, %.1f GB, driver for CUDA %d.%d, runtime %d.%d",
+                 properties.name, (double)properties.totalGlobalMem / 1e9, driver / 1000,
+                 driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+        return true;
+    case 1:
+        *warning = !ac_cuda_describe_blas(text, size);
+        return true;
+    case 2:
+        *warning = !ac_cuda_describe_dnn(text, size);
+        return true;
+    default:
+        return false;
+    }
 }
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
 static ac_status
-allocate(ac_cuda_device *device, size_t bytes, void **out)
+allocate(size_t bytes, void **out)
 {
     cudaError_t status = cudaMalloc(out, bytes ? bytes : 1); /* cudaMalloc(0) gives no address */
     if (status != cudaErrorMemoryAllocation) {
-        return check(device, status, "cudaMalloc");
+        return ac_cuda_check(status, "cudaMalloc");
     }
-    size_t free_bytes = 0, total = 0;
-    cudaGetLastError(); /* ours: the failed cudaMalloc */
-    cudaMemGetInfo(&free_bytes, &total);
-    return ac_cuda_fail(AC_E_MEMORY, "cuda: out of memory: %zu bytes were asked for, %zu of %zu "
-                                     "are free", bytes, free_bytes, total);
+    char text[64];
+    cudaGetLastError();
+    snprintf(text, sizeof text, "%zu bytes were asked for", bytes);
+    return ac_cuda_no_memory(text);
 }
 
 static ac_status
@@ -251,15 +196,18 @@ cuda_alloc(void *self, size_t bytes, void **out)
 {
     int previous;
     *out = NULL;
-    AC_TRY(enter(self, &previous));
-    return leave(self, previous, allocate(self, bytes, out));
+    AC_TRY(ac_cuda_device_enter(self, &previous));
+    return ac_cuda_device_leave(self, previous, allocate(bytes, out));
 }
 
 static void
 cuda_free(void *self, void *memory)
 {
-    (void)self;
-    cudaFree(memory);
+    int previous;
+    if (ac_cuda_device_begin(self, &previous)) {
+        cudaFree(memory);
+        ac_cuda_device_end(self, previous);
+    }
 }
 
 static ac_status
@@ -267,9 +215,9 @@ move(ac_cuda_device *device, ac_lane *lane, void *to, const void *from, size_t b
      enum cudaMemcpyKind kind, const char *call)
 {
     int previous;
-    AC_TRY(enter(device, &previous));
+    AC_TRY(ac_cuda_device_enter(device, &previous));
     cudaError_t status = cudaMemcpyAsync(to, from, bytes, kind, lane->stream);
-    return leave(device, previous, check(device, status, call));
+    return ac_cuda_device_leave(device, previous, ac_cuda_check(status, call));
 }
 
 static ac_status
@@ -316,9 +264,10 @@ cuda_lane_open(void *self, ac_lane **out)
         return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for", sizeof *lane);
     }
     *lane = (ac_lane){.device = self};
-    ac_status status = enter(self, &previous);
+    ac_status status = ac_cuda_device_enter(self, &previous);
     if (status == AC_OK) {
-        status = leave(self, previous, check(self, open_lane(lane), "cudaStreamCreateWithFlags"));
+        status = ac_cuda_check(open_lane(lane), "cudaStreamCreateWithFlags");
+        status = ac_cuda_device_leave(self, previous, status);
     }
     if (status < 0) {
         ac_cuda_host->free(lane);
@@ -329,21 +278,18 @@ cuda_lane_open(void *self, ac_lane **out)
 }
 
 static void
-free_times(ac_lane *lane)
-{
-    for (int32_t i = 0; i < lane->n_times; i++) {
-        cudaEventDestroy(lane->times[i]);
-    }
-    ac_cuda_host->free(lane->times);
-}
-
-static void
 cuda_lane_close(void *self, ac_lane *lane)
 {
-    (void)self;
-    free_times(lane);
-    cudaEventDestroy(lane->last);
-    cudaStreamDestroy(lane->own);
+    int previous;
+    if (ac_cuda_device_begin(self, &previous)) {
+        for (int32_t i = 0; i < lane->n_times; i++) {
+            cudaEventDestroy(lane->times[i]);
+        }
+        cudaEventDestroy(lane->last);
+        cudaStreamDestroy(lane->own);
+        ac_cuda_device_end(self, previous);
+    }
+    ac_cuda_host->free(lane->times);
     ac_cuda_host->free(lane);
 }
 
@@ -353,10 +299,10 @@ cuda_lane_follow(void *self, ac_lane *lane, ac_stream stream)
 {
     int previous;
     cudaStream_t wanted = stream.given ? (cudaStream_t)stream.handle : lane->own;
-    if (wanted == lane->stream) {
-        return AC_OK;
+    if (wanted == lane->stream) { /* every run begins here: a lost device says so first */
+        return ac_cuda_check_lost(lane->device->index);
     }
-    AC_TRY(enter(self, &previous));
+    AC_TRY(ac_cuda_device_enter(self, &previous));
     cudaError_t status = cudaSuccess;
     if (lane->marked) {
         status = cudaStreamWaitEvent(wanted, lane->last, 0);
@@ -364,19 +310,19 @@ cuda_lane_follow(void *self, ac_lane *lane, ac_stream stream)
     if (status == cudaSuccess) {
         lane->stream = wanted;
     }
-    return leave(self, previous, check(self, status, "cudaStreamWaitEvent"));
+    return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "cudaStreamWaitEvent"));
 }
 
 static ac_status
 cuda_lane_mark(void *self, ac_lane *lane)
 {
     int previous;
-    AC_TRY(enter(self, &previous));
+    AC_TRY(ac_cuda_device_enter(self, &previous));
     cudaError_t status = cudaEventRecord(lane->last, lane->stream);
     if (status == cudaSuccess) { /* other lanes look */
         __atomic_store_n(&lane->marked, true, __ATOMIC_RELEASE);
     }
-    return leave(self, previous, check(self, status, "cudaEventRecord"));
+    return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "cudaEventRecord"));
 }
 
 static ac_status
@@ -386,9 +332,9 @@ cuda_lane_wait(void *self, ac_lane *lane, const ac_lane *other)
     if (!__atomic_load_n(&other->marked, __ATOMIC_ACQUIRE)) {
         return AC_OK;
     }
-    AC_TRY(enter(self, &previous));
+    AC_TRY(ac_cuda_device_enter(self, &previous));
     cudaError_t status = cudaStreamWaitEvent(lane->stream, other->last, 0);
-    return leave(self, previous, check(self, status, "cudaStreamWaitEvent"));
+    return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "cudaStreamWaitEvent"));
 }
 
 static ac_status
@@ -399,10 +345,11 @@ cuda_event_new(void *self, ac_event **out)
     if (!event) {
         return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for", sizeof *event);
     }
-    ac_status status = enter(self, &previous);
+    ac_status status = ac_cuda_device_enter(self, &previous);
     if (status == AC_OK) {
         cudaError_t made = cudaEventCreateWithFlags(&event->event, cudaEventDisableTiming);
-        status = leave(self, previous, check(self, made, "cudaEventCreateWithFlags"));
+        status = ac_cuda_check(made, "cudaEventCreateWithFlags");
+        status = ac_cuda_device_leave(self, previous, status);
     }
     if (status < 0) {
         ac_cuda_host->free(event);
@@ -415,44 +362,45 @@ cuda_event_new(void *self, ac_event **out)
 static void
 cuda_event_free(void *self, ac_event *event)
 {
-    (void)self;
-    if (event) {
+    int previous;
+    if (event && ac_cuda_device_begin(self, &previous)) {
         cudaEventDestroy(event->event);
-        ac_cuda_host->free(event);
+        ac_cuda_device_end(self, previous);
     }
+    ac_cuda_host->free(event);
 }
 
 static ac_status
 cuda_event_record(void *self, ac_lane *lane, ac_event *event)
 {
     int previous;
-    AC_TRY(enter(self, &previous));
+    AC_TRY(ac_cuda_device_enter(self, &previous));
     cudaError_t status = cudaEventRecord(event->event, lane->stream);
-    return leave(self, previous, check(self, status, "cudaEventRecord"));
+    return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "cudaEventRecord"));
 }
 
 static ac_status
 cuda_event_wait(void *self, ac_event *event)
 {
     int previous;
-    AC_TRY(enter(self, &previous));
+    AC_TRY(ac_cuda_device_enter(self, &previous));
     cudaError_t status = cudaEventSynchronize(event->event);
-    return leave(self, previous, check(self, status, "cudaEventSynchronize"));
+    return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "cudaEventSynchronize"));
 }
 
 static ac_status
 cuda_sync(void *self, ac_lane *lane)
 {
     int previous;
-    AC_TRY(enter(self, &previous));
+    AC_TRY(ac_cuda_device_enter(self, &previous));
     cudaError_t status = cudaStreamSynchronize(lane->stream);
-    return leave(self, previous, check(self, status, "cudaStreamSynchronize"));
+    return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "cudaStreamSynchronize"));
 }
 
 /* ---- points in time -------------------------------------------------------------------------- */
 
 static ac_status
-grow_times(ac_cuda_device *device, ac_lane *lane, int32_t count)
+grow_times(ac_lane *lane, int32_t count)
 {
     int32_t capacity = (count + 1023) / 1024 * 1024;
     cudaEvent_t *more = ac_cuda_host->alloc(sizeof *more * (size_t)capacity);
@@ -467,7 +415,7 @@ grow_times(ac_cuda_device *device, ac_lane *lane, int32_t count)
     ac_cuda_host->free(lane->times);
     lane->times = more;
     for (; lane->n_times < capacity; lane->n_times++) {
-        AC_TRY(check(device, cudaEventCreate(&more[lane->n_times]), "cudaEventCreate"));
+        AC_TRY(ac_cuda_check(cudaEventCreate(&more[lane->n_times]), "cudaEventCreate"));
     }
     return AC_OK;
 }
@@ -476,32 +424,32 @@ static ac_status
 cuda_time_mark(void *self, ac_lane *lane, int32_t index)
 {
     int previous;
-    AC_TRY(enter(self, &previous));
+    AC_TRY(ac_cuda_device_enter(self, &previous));
     ac_status status = AC_OK;
     if (index >= lane->n_times) {
-        status = grow_times(self, lane, index + 1);
+        status = grow_times(lane, index + 1);
     }
     if (status == AC_OK) { /* external: a node of the graph that the host can ask about */
         unsigned flags = lane->recording ? cudaEventRecordExternal : cudaEventRecordDefault;
-        status = check(self, cudaEventRecordWithFlags(lane->times[index], lane->stream, flags),
+        status = ac_cuda_check(cudaEventRecordWithFlags(lane->times[index], lane->stream, flags),
                        "cudaEventRecordWithFlags");
     }
-    return leave(self, previous, status);
+    return ac_cuda_device_leave(self, previous, status);
 }
 
 static ac_status
 cuda_time_read(void *self, ac_lane *lane, int32_t count, double *ms)
 {
     int previous;
-    AC_TRY(enter(self, &previous));
-    ac_status status = check(self, cudaStreamSynchronize(lane->stream), "cudaStreamSynchronize");
+    AC_TRY(ac_cuda_device_enter(self, &previous));
+    ac_status status = ac_cuda_check(cudaStreamSynchronize(lane->stream), "cudaStreamSynchronize");
     for (int32_t i = 0; i + 1 < count && status == AC_OK; i++) {
         float time = 0.0f;
-        status = check(self, cudaEventElapsedTime(&time, lane->times[i], lane->times[i + 1]),
+        status = ac_cuda_check(cudaEventElapsedTime(&time, lane->times[i], lane->times[i + 1]),
                        "cudaEventElapsedTime");
         ms[i] = (double)time;
     }
-    return leave(self, previous, status);
+    return ac_cuda_device_leave(self, previous, status);
 }
 
 /* ---- recording ------------------------------------------------------------------------------- */
@@ -510,24 +458,24 @@ static ac_status
 cuda_record_begin(void *self, ac_lane *lane)
 {
     int previous;
-    AC_TRY(enter(self, &previous));
+    AC_TRY(ac_cuda_device_enter(self, &previous));
     cudaError_t status = cudaStreamBeginCapture(lane->own, cudaStreamCaptureModeThreadLocal);
     if (status == cudaSuccess) { /* the caller's may be the legacy stream, which records nothing */
         lane->recording = true;
         lane->outside = lane->stream;
         lane->stream = lane->own;
     }
-    return leave(self, previous, check(self, status, "cudaStreamBeginCapture"));
+    return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "cudaStreamBeginCapture"));
 }
 
 static ac_status
-instantiate(ac_cuda_device *device, ac_lane *lane, ac_recording *recording)
+instantiate(ac_lane *lane, ac_recording *recording)
 {
     cudaGraph_t graph = NULL;
-    ac_status status = check(device, cudaStreamEndCapture(lane->stream, &graph),
+    ac_status status = ac_cuda_check(cudaStreamEndCapture(lane->stream, &graph),
                              "cudaStreamEndCapture");
     if (status == AC_OK) {
-        status = check(device, cudaGraphInstantiate(&recording->graph, graph, 0),
+        status = ac_cuda_check(cudaGraphInstantiate(&recording->graph, graph, 0),
                        "cudaGraphInstantiate");
     }
     if (graph) {
@@ -535,10 +483,7 @@ instantiate(ac_cuda_device *device, ac_lane *lane, ac_recording *recording)
     }
     lane->stream = lane->outside;
     if (status == AC_OK) {
-        status = check(device, cudaGraphUpload(recording->graph, lane->stream), "cudaGraphUpload");
-    }
-    if (status < 0) {
-        cudaGetLastError(); /* ours: an invalid capture is no lost device */
+        status = ac_cuda_check(cudaGraphUpload(recording->graph, lane->stream), "cudaGraphUpload");
     }
     return status;
 }
@@ -553,10 +498,11 @@ cuda_record_end(void *self, ac_lane *lane, ac_recording **out)
     if (recording) {
         *recording = (ac_recording){0};
     }
-    ac_status status = enter(self, &previous);
+    ac_status status = ac_cuda_device_enter(self, &previous);
     if (status == AC_OK) {
         ac_recording unused = {0};
-        status = leave(self, previous, instantiate(self, lane, recording ? recording : &unused));
+        status = instantiate(lane, recording ? recording : &unused);
+        status = ac_cuda_device_leave(self, previous, status);
         if (unused.graph) {
             cudaGraphExecDestroy(unused.graph);
         }
@@ -582,19 +528,20 @@ static ac_status
 cuda_replay(void *self, ac_lane *lane, ac_recording *recording)
 {
     int previous;
-    AC_TRY(enter(self, &previous));
+    AC_TRY(ac_cuda_device_enter(self, &previous));
     cudaError_t status = cudaGraphLaunch(recording->graph, lane->stream);
-    return leave(self, previous, ac_cuda_launched(lane, status, "cudaGraphLaunch"));
+    return ac_cuda_device_leave(self, previous, ac_cuda_launched(lane, status, "cudaGraphLaunch"));
 }
 
 static void
 cuda_record_free(void *self, ac_recording *recording)
 {
-    (void)self;
-    if (recording) {
+    int previous;
+    if (recording && ac_cuda_device_begin(self, &previous)) {
         cudaGraphExecDestroy(recording->graph);
-        ac_cuda_host->free(recording);
+        ac_cuda_device_end(self, previous);
     }
+    ac_cuda_host->free(recording);
 }
 
 /* ---- the exported symbol --------------------------------------------------------------------- */
@@ -616,6 +563,8 @@ ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out)
         .kernels = ac_cuda_kernels,
         .open = cuda_open,
         .close = cuda_close,
+        .failed = cuda_failed,
+        .describe = cuda_describe,
         .alloc = cuda_alloc,
         .free = cuda_free,
         .lane_open = cuda_lane_open,

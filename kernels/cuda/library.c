@@ -135,6 +135,26 @@ ac_cuda_libraries_free(ac_cuda_libraries *libraries)
     ac_cuda_host->free(libraries);
 }
 
+#ifndef AC_HAVE_CUBLASLT
+bool
+ac_cuda_describe_blas(char *text, size_t size)
+{
+    snprintf(text, size, "no cuBLASLt: its headers were missing when accel was built: own kernels "
+                         "multiply, slower");
+    return false;
+}
+#endif
+
+#ifndef AC_HAVE_CUDNN
+bool
+ac_cuda_describe_dnn(char *text, size_t size)
+{
+    snprintf(text, size, "no cuDNN: its headers were missing when accel was built: own kernels "
+                         "take convolutions and attention, slower");
+    return false;
+}
+#endif
+
 /* ---- services -------------------------------------------------------------------------------- */
 
 void

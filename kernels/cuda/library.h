@@ -42,6 +42,9 @@ typedef struct ac_library_search {
 } ac_library_search;
 
 void *ac_cuda_library_open(const ac_library_search *search);
+/* The version that is used; false: none, and what that means, in one sentence. */
+bool ac_cuda_describe_blas(char *text, size_t size);
+bool ac_cuda_describe_dnn(char *text, size_t size);
 
 void ac_cuda_log(int level, const char *format, ...) AC_PRINTF(2, 3);
 /* Zeroed memory of the host's allocator, or the out-of-memory status. */

@@ -278,7 +278,7 @@ def _entry(native):
     from .reporting import entry_of
 
     with native.lock:
-        entry = entry_of(native.class_name, native.model, native.weights,
+        entry = entry_of(native.class_name, native.model, native.weights, device=native.device,
                          native_runs=native.native_runs, fallbacks=native.fallbacks)
         entry["copied_bytes"] = sum(c.nbytes for _, c, _ in native.copies.values())
     return entry

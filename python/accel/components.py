@@ -16,6 +16,7 @@ import numpy as np
 
 from . import _core
 from ._core import DeviceError, DTypeError, FileError, InvalidArgument, ShapeError, UnsupportedError
+from .devices import missed
 
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -219,6 +220,7 @@ class Component:
         self._weights = weights
         self._check_class()
         self._model = _core.Model(json.dumps(self.config), weights, device, passes_off)
+        missed(device)
         self._io_cache = {}
 
     @classmethod

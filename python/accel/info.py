@@ -27,7 +27,7 @@ def _devices():
             text = f"{ISA[found['isa']]}, {_core.get_num_threads()} threads"
         else:
             text = f"compute capability {found['isa']}, {found['workers']} multiprocessors"
-        yield name, text, found["kernels"]
+        yield name, "; ".join([text, *found["description"]]), found["kernels"]
 
 
 def _libraries():

@@ -14,6 +14,7 @@ from .components import (
     read_json,
     vae_scale_factor,
 )
+from .devices import missed
 from .pipeline import Pipeline
 
 
@@ -38,6 +39,7 @@ def _lines(name, entry):
            f"fallbacks, {entry['plans']} plans, {len(entry['derived'])} derived weights "
            f"({size:.1f} MB)"]
     out += [f"  fell back {n} times: {reason}" for reason, n in entry["fallbacks"].items()]
+    out += [f"  {line}" for line in entry["missed"]]
     return "\n".join(out)
 
 
@@ -49,7 +51,7 @@ def _loop_lines(loop):
     return "\n".join(out)
 
 
-def entry_of(class_name, model, weights, *, native_runs=None, fallbacks=None):
+def entry_of(class_name, model, weights, *, device="cpu", native_runs=None, fallbacks=None):
     """The report of one network; `model` and `weights` may be None."""
     stats = model.stats() if model is not None else {"runs": 0, "plans": 0, "arena_bytes": 0,
                                                      "bound_bytes": 0, "keep_bytes": 0}
@@ -64,6 +66,7 @@ def entry_of(class_name, model, weights, *, native_runs=None, fallbacks=None):
         "keep_bytes": stats["keep_bytes"],
         "derived": derived,
         "derived_bytes": sum(d["bytes"] for d in derived),
+        "missed": missed(device) if model is not None else [],
     }
 
 
@@ -79,11 +82,12 @@ def report(x):
     Report
         A dict. For one network: class, native_runs, fallbacks {reason: count}, plans,
         arena_bytes, bound_bytes, keep_bytes, derived (list of dicts with key, bytes, sources),
-        derived_bytes. For a pipeline: "components" {name: such a dict} and "loop": "native" for
-        an accel.Pipeline; for a compiled one {"native": loops, "stock": {reason: loops}}.
+        derived_bytes, missed (sentences: libraries that the device lacks). For a pipeline:
+        "components" {name: such a dict} and "loop": "native" for an accel.Pipeline; for a
+        compiled one {"native": loops, "stock": {reason: loops}}.
     """
     if isinstance(x, Component):
-        return Report(entry_of(type(x).__name__, x._model, x._weights))
+        return Report(entry_of(type(x).__name__, x._model, x._weights, device=x.device))
     if isinstance(x, Pipeline):
         parts = {"unet": x.unet, "vae": x.vae}
         parts |= {f"text_encoder{'_2' if i else ''}": e for i, e in enumerate(x.text_encoders)}

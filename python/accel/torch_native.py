@@ -25,6 +25,7 @@ from ._core import (
     UnsupportedError,
     WeightsError,
 )
+from .devices import missed
 
 PROMPTS_KEPT = 4
 # What the engine says to a call that the original may still take, or refuse in its own words.
@@ -186,6 +187,7 @@ class Native:
         except DeviceError as error:  # no such device for accel: the reason is in the message
             self._unbind()
             raise Fallback(f"{self.device}: {error}") from None
+        missed(self.device)
 
     def _bind(self, i):
         from .torch_watch import Fallback
