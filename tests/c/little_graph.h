@@ -1,17 +1,33 @@
-/* little_graph: builds a small graph, runs passes over it and runs it on the CPU, with weights and
- * inputs that depend on their names and a seed alone.  So the same graph with a pass on and off
- * reads the same numbers and must give the same result. */
+/* little_graph: builds a small graph, runs passes over it and runs it on the CPU, or on the device
+ * that ACCEL_TEST_DEVICE names (cuda: `make test-gpu`), with weights and inputs that depend on
+ * their names and a seed alone.  So the same graph with a pass on and off reads the same numbers
+ * and must give the same result. */
 #ifndef AC_TEST_LITTLE_GRAPH_H
 #define AC_TEST_LITTLE_GRAPH_H
 
+#include "../../csrc/backend_cuda.h"
 #include "../../csrc/exec.h"
 #include "../../csrc/passes/passes.h"
 #include "test.h"
 
 typedef void (*little_build)(ac_graph *g, uint64_t seed);
 
-/* Of the largest value; f32 rounding in another order gives about 1e-6. */
-#define TOLERANCE 1e-5
+static inline const char *
+little_device(void)
+{
+    const char *name = getenv("ACCEL_TEST_DEVICE");
+    return name ? name : "cpu";
+}
+
+static inline bool
+little_far(void)
+{
+    return strcmp(little_device(), "cpu") != 0;
+}
+
+/* Of the largest value; f32 rounding in another order gives about 1e-6, and a GPU's exponentials a
+ * few times that. */
+#define TOLERANCE (little_far() ? 5e-5 : 1e-5)
 
 /* ---- layers, with weights of their own ------------------------------------------------------- */
 
@@ -129,7 +145,7 @@ little_bind(little_memory *m, const ac_plan *plan, ac_exec *exec, ac_weights *we
         if (value->kind == AC_VALUE_WEIGHT) {
             CHECK_OK(ac_weights_set(weights, value->name, &t, NULL, NULL));
         } else {
-            CHECK_OK(ac_exec_bind(exec, value->name, &t));
+            CHECK_OK(ac_exec_bind_host(exec, value->name, &t));
         }
     }
 }
@@ -165,7 +181,7 @@ little_bind_outputs(const ac_graph *g, ac_exec *exec, little_result *out)
         snprintf(name, sizeof name, "y%d", i);
         ac_shape shape = g->values[ac_graph_find_output(g, name)].shape;
         ac_tensor t = ac_tensor_of(out->data + at, AC_F32, shape);
-        CHECK_OK(ac_exec_bind_output(exec, name, &t));
+        CHECK_OK(ac_exec_bind_output_host(exec, name, &t));
         at += ac_shape_count(&shape);
     }
 }
@@ -179,7 +195,8 @@ little_execute(ac_graph *g, uint64_t seed, little_result *out)
     ac_exec *exec;
     ac_weights *weights;
     little_memory memory = {0};
-    CHECK_OK(ac_device_open("cpu", &device));
+    ac_backend_cuda_set_folder("python/accel");
+    CHECK_OK(ac_device_open(little_device(), &device));
     CHECK_OK(ac_plan_new(g, device, &plan));
     CHECK_OK(ac_weights_new(&weights));
     ac_weights_set_release(weights, device->backend->free, device->self);

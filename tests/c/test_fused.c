@@ -1,6 +1,6 @@
-/* Fused against unfused: little graphs run on the CPU with a pass on and with every pass off.  They
- * must agree, and the number of nodes of some ops shows that the pass did, or rightly did not do,
- * what it is for. */
+/* Fused against unfused: little graphs run on one device with a pass on and with every pass off.
+ * They must agree, and the number of nodes of some ops shows that the pass did, or rightly did not
+ * do, what it is for. */
 #include "little_graph.h"
 
 static ac_val
@@ -364,6 +364,7 @@ each_case(ac_dtype weights)
 static void
 fused_equals_unfused(void)
 {
+    printf("(ran on %s) ", little_device());
     each_case(AC_F32);
 }
 

@@ -139,7 +139,8 @@ random_graphs(void)
     uint32_t all;
     int changed[33] = {0};
     CHECK_OK(ac_passes_off_from_text("all", &all));
-    for (uint64_t seed = 1; seed <= 300; seed++) {
+    const uint64_t seeds = little_far() ? 80 : 300; /* opening a GPU takes its time */
+    for (uint64_t seed = 1; seed <= seeds; seed++) {
         little_result plain, fused;
         little_run(random_build, seed, all, AC_F32, &plain);
         for (int i = -1; i < 0 || ac_passes[i]; i++) {
@@ -156,7 +157,7 @@ random_graphs(void)
         little_result_free(&plain);
     }
     for (int i = 0; i == 0 || ac_passes[i - 1]; i++) {
-        CHECK(changed[i] > 10); /* every pass had something to do in some graphs */
+        CHECK(changed[i] > (int)(seeds / 30)); /* every pass had something to do in some graphs */
     }
 }
 
