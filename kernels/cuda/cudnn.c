@@ -190,8 +190,8 @@ typedef struct way {
 
 typedef struct problem {
     ac_dnn_key key;
-    way *ways; /* the library's, in its order; then, if count < n_ways, our own kernel */
-    int32_t count, n_ways, chosen;
+    way *ways; /* the library's, in its order; our own ones follow them in number */
+    int32_t count, chosen;
 } problem;
 
 struct ac_cuda_dnn {
@@ -262,7 +262,7 @@ check(cudnnStatus_t status, const char *what)
 
 /* Whether an engine's results are as exact as asked for, and the same in every run. */
 static bool
-engine_fits(ac_dnn_descriptor engine, ac_dtype dtype, bool *compiled)
+engine_fits(ac_dnn_descriptor engine, const ac_dnn_key *key, bool *compiled)
 {
     cudnnBackendNumericalNote_t note[CUDNN_NUMERICAL_NOTE_TYPE_COUNT + 8];
     cudnnBackendBehaviorNote_t behavior[CUDNN_BEHAVIOR_NOTE_TYPE_COUNT + 8];
@@ -273,10 +273,10 @@ engine_fits(ac_dnn_descriptor engine, ac_dtype dtype, bool *compiled)
                                 AC_ARRAY_LEN(behavior), &behaviors, behavior)) {
         return false;
     }
-    bool fits = true;
+    bool fits = true, cores = key->dtype != AC_F32 || key->tf32; /* f32 on them is TF32 */
     for (int64_t i = 0; i < notes; i++) {
         fits = fits && (note[i] == CUDNN_NUMERICAL_NOTE_STRICT_NAN_PROP ||
-                        (note[i] == CUDNN_NUMERICAL_NOTE_TENSOR_CORE && dtype != AC_F32));
+                        (note[i] == CUDNN_NUMERICAL_NOTE_TENSOR_CORE && cores));
     }
     *compiled = false;
     for (int64_t i = 0; i < behaviors; i++) {
@@ -333,7 +333,7 @@ take(problem *p, ac_dnn_descriptor configuration, int32_t *compiled)
                                  CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &one, &engine) &&
         !dnn.BackendGetAttribute(engine, CUDNN_ATTR_ENGINE_GLOBAL_INDEX, CUDNN_TYPE_INT64, 1, &one,
                                  &index)) {
-        fits = engine_fits(engine, (ac_dtype)p->key.dtype, &needs_compiler);
+        fits = engine_fits(engine, &p->key, &needs_compiler);
     }
     destroy(&engine);
     /* A convolution's engine 0 is a hundred times slower than ours. */
@@ -416,9 +416,9 @@ typedef struct trial {
 static void
 key_text(const ac_dnn_key *key, char text[AC_TUNE_KEY])
 {
-    int used = snprintf(text, AC_TUNE_KEY, "cuDNN %zu %s %s", dnn.version,
+    int used = snprintf(text, AC_TUNE_KEY, "cuDNN %zu %s %s%s", dnn.version,
                         key->kind == AC_DNN_CONV ? "conv" : "attention",
-                        ac_dtype_name((ac_dtype)key->dtype));
+                        ac_dtype_name((ac_dtype)key->dtype), key->tf32 ? " tf32" : "");
     for (size_t i = 0; i < AC_ARRAY_LEN(key->value) && used < AC_TUNE_KEY; i++) {
         used += snprintf(text + used, (size_t)(AC_TUNE_KEY - used), " %lld",
                          (long long)key->value[i]);
@@ -543,8 +543,8 @@ run_way(void *context, int32_t i)
 {
     trial *t = context;
     const ac_dnn_call *c = t->call;
-    if (i == t->problem->count) {
-        return c->own(c->lane, c->context);
+    if (i >= t->problem->count) {
+        return c->own[i - t->problem->count].run(c->lane, c->context);
     }
     way *w = &t->problem->ways[i];
     if (w->failed) {
@@ -561,7 +561,8 @@ static void
 name_way(const void *context, int32_t i, char name[AC_TUNE_WAY])
 {
     const trial *t = context;
-    snprintf(name, AC_TUNE_WAY, "%s", i == t->problem->count ? "own" : t->problem->ways[i].name);
+    int32_t own = i - t->problem->count;
+    snprintf(name, AC_TUNE_WAY, "%s", own < 0 ? t->problem->ways[i].name : t->call->own[own].name);
 }
 
 /* The choice, and the problem done with it once; a choice that fails is followed by the others in
@@ -570,23 +571,21 @@ static ac_status
 first_run(trial *t)
 {
     problem *p = t->problem;
+    const ac_dnn_call *c = t->call;
     char text[AC_TUNE_KEY];
+    int32_t all = p->count + c->n_own, best = 0;
+    int32_t worth = all > c->n_slow ? all - c->n_slow : all; /* measuring */
     key_text(&p->key, text);
-    ac_tune_ways ways = {text, p->n_ways, t, name_way, run_way};
-    int32_t best = 0;
-    if (p->n_ways == 0) {
+    if (all == 0) {
         return ac_cuda_fail(AC_E_UNSUPPORTED, "cuda: neither cuDNN nor a kernel of ours has %s",
                             text);
     }
-    AC_TRY(ac_tune_choose(t->call->lane, *ac_cuda_libraries_slot(t->call->lane), &ways, &best));
-    ac_status status = run_way(t, best);
-    for (int32_t i = 0; status == AC_E_UNSUPPORTED && i < p->n_ways; i++) {
+    ac_tune_ways ways = {text, worth, t, name_way, run_way};
+    ac_status status = ac_tune_choose(c->lane, *ac_cuda_libraries_slot(c->lane), &ways, &best);
+    status = status == AC_OK ? run_way(t, best) : status;
+    for (int32_t i = 0; status == AC_E_UNSUPPORTED && i < all; i++) {
         best = i;
         status = run_way(t, i);
-    }
-    if (status == AC_E_UNSUPPORTED && t->call->own) { /* a slow one is better than none */
-        best = p->count;
-        status = run_way(t, best);
     }
     AC_TRY(status);
     p->chosen = best;
@@ -612,8 +611,9 @@ new_problem(trial *t)
     problem *p = &d->problems[d->count];
     *p = (problem){.key = t->call->key, .chosen = -1};
     AC_TRY(ac_cuda_heap(sizeof *p->ways * CONFIGURATIONS, (void **)&p->ways));
-    list_ways(d, p, t->call);
-    p->n_ways = p->count + (t->call->own && (!t->call->own_is_slow || p->count == 0));
+    if (!t->call->without) {
+        list_ways(d, p, t->call);
+    }
     t->problem = p;
     ac_status status = first_run(t);
     if (status < 0) {

@@ -112,8 +112,8 @@ run_part(ac_lane *lane, const ac_attention_job *whole, int64_t first, int64_t co
     ac_attention_operand *all[] = {&j.q, &j.k, &j.v, &j.out};
     j.images = count;
     ac_dnn_call call = {.lane = lane, .describe = describe, .workspace = scratch,
-                        .workspace_bytes = WORKSPACE, .own = run_own, .context = &j,
-                        .n_operands = 5};
+                        .workspace_bytes = WORKSPACE, .own = {{"own", run_own}},
+                        .n_own = 1, .context = &j, .n_operands = 5};
     memset(&call.key, 0, sizeof call.key);
     call.key.kind = AC_DNN_ATTENTION;
     call.key.dtype = j.q.dtype;

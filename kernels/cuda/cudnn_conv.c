@@ -5,11 +5,14 @@
  * The order decides the kernel: this one reaches the precompiled ones for Hopper (engine 41), while
  * bias before residual, or an activation after them, means one that is compiled at run time and 20
  * to 40 % slower.  So activations are left to gemm_mma.cu, and tensors with gaps, which would cost
- * a copy; tune.c compares with it where both can.  Beyond 2^31 elements the images go in several
- * parts.
+ * a copy; tune.c compares with it where both can, and with one product of gathered rows
+ * (blas_conv.h) where the image is small.  f32 without TF32 is such a product: cuDNN's exact
+ * engines do 10 TFLOP/s and copy the image through their workspace.  Beyond 2^31 elements the
+ * images go in several parts.
  *
  * up_conv2d: the four phases as one 2x2 convolution with four times the channels, padded by one all
  * around; each phase reads its own of the (h + 1) x (w + 1) results, which a kernel interleaves. */
+#include "blas_conv.h"
 #include "dnn.h"
 #include "gemm.h"
 #include "interleave.h"
@@ -18,6 +21,7 @@
 #include <string.h>
 
 #define WORKSPACE ((size_t)16 << 20)
+#define SMALL 1024 /* rows: of halves, fewer may be worth gathering */
 
 enum { X = 1, W, B, RESIDUAL, Y, SUM, BIASED };
 
@@ -103,6 +107,15 @@ describe(ac_dnn_graph *g, const ac_dnn_key *key)
 
 /* ---- one call -------------------------------------------------------------------------------- */
 
+/* The same for the library, for a product of gathered rows, for our implicit GEMM. */
+typedef struct job {
+    ac_dnn_key key;
+    ac_blas_conv rows;
+    ac_gemm gemm; /* of no use to phases, which have no way of their own with four times the
+                   * channels */
+    void *scratch;
+} job;
+
 static bool
 mma_fits(const ac_gemm *g)
 {
@@ -110,10 +123,83 @@ mma_fits(const ac_gemm *g)
 }
 
 static ac_status
+run_gemm(ac_lane *lane, const ac_gemm *g)
+{
+    return mma_fits(g) ? ac_cuda_gemm_mma(lane, g) : ac_cuda_gemm_plain(lane, g);
+}
+
+static ac_status
 run_own(ac_lane *lane, const void *context)
 {
-    return mma_fits(context) ? ac_cuda_gemm_mma(lane, context)
-                             : ac_cuda_gemm_plain(lane, context);
+    return run_gemm(lane, &((const job *)context)->gemm);
+}
+
+static ac_status
+run_gathered(ac_lane *lane, const void *context)
+{
+    const job *j = context;
+    return ac_blas_conv_run(lane, &j->rows, j->scratch);
+}
+
+static ac_blas_conv
+rows_of(const ac_dnn_key *key)
+{
+    const int64_t *v = key->value;
+    return (ac_blas_conv){.dtype = (ac_dtype)key->dtype, .tf32 = key->tf32, .images = v[IMAGES],
+                          .height = v[HEIGHT], .width = v[WIDTH], .c_in = v[C_IN],
+                          .out_height = v[OUT_HEIGHT], .out_width = v[OUT_WIDTH],
+                          .c_out = v[C_OUT], .kernel_h = (int32_t)v[KERNEL_H],
+                          .kernel_w = (int32_t)v[KERNEL_W], .stride = (int32_t)v[STRIDE],
+                          .pad_top = (int32_t)v[TOP], .pad_left = (int32_t)v[LEFT]};
+}
+
+static bool
+gathers(const ac_dnn_key *key)
+{
+    const int64_t *v = key->value;
+    ac_blas_conv rows = rows_of(key);
+    return ac_blas_conv_fits(&rows) &&
+           (key->dtype == AC_F32 || v[IMAGES] * v[OUT_HEIGHT] * v[OUT_WIDTH] <= SMALL);
+}
+
+/* Of the library, or of gathering. */
+static size_t
+workspace_of(const ac_dnn_key *key)
+{
+    ac_blas_conv rows = rows_of(key);
+    return gathers(key) ? AC_MAX(WORKSPACE, ac_blas_conv_scratch(&rows)) : WORKSPACE;
+}
+
+/* Operands and ways; rows.x and so on are set, the key's images are those of this call. */
+static ac_status
+run_job(ac_lane *lane, job *j, bool has_gemm)
+{
+    const ac_dnn_key *key = &j->key;
+    const ac_blas_conv *r = &j->rows;
+    ac_dnn_call call = {.lane = lane, .key = *key, .describe = describe, .workspace = j->scratch,
+                        .workspace_bytes = WORKSPACE, .context = j, .id = {X, W, Y},
+                        .n_operands = 3, .address = {r->x, r->weight, r->out}};
+    bool fast = has_gemm && mma_fits(&j->gemm), gathered = gathers(key);
+    if (fast) {
+        call.own[call.n_own++] = (ac_dnn_own){"own", run_own};
+    }
+    if (gathered) {
+        call.own[call.n_own++] = (ac_dnn_own){"gather", run_gathered};
+    }
+    if (has_gemm && !fast) {
+        call.own[call.n_own++] = (ac_dnn_own){"own", run_own};
+        call.n_slow = 1;
+    }
+    call.without = gathered && key->dtype == AC_F32 && !key->tf32;
+    if (r->bias) {
+        call.id[call.n_operands] = B;
+        call.address[call.n_operands++] = r->bias;
+    }
+    if (r->residual) {
+        call.id[call.n_operands] = RESIDUAL;
+        call.address[call.n_operands++] = r->residual;
+    }
+    return ac_dnn_run(&call);
 }
 
 static void
@@ -124,6 +210,7 @@ key_of(const ac_problem *p, ac_dnn_key *key)
     memset(key, 0, sizeof *key);
     key->kind = AC_DNN_CONV;
     key->dtype = y->dtype;
+    key->tf32 = p->tf32;
     int64_t *v = key->value;
     v[IMAGES] = x->shape.dim[0];
     v[HEIGHT] = x->shape.dim[1];
@@ -163,28 +250,22 @@ static ac_status
 run_part(ac_lane *lane, const ac_dnn_key *key, const ac_gemm *all, int64_t first, int64_t count,
          void *scratch)
 {
-    ac_gemm g = *all;
     const int64_t *v = key->value;
     int64_t y = first * v[OUT_HEIGHT] * v[OUT_WIDTH] * v[C_OUT];
-    g.x[0].data = image_at(g.x[0].data, first * v[HEIGHT] * v[WIDTH] * v[C_IN], key->dtype);
-    g.out.data = image_at(g.out.data, y, key->dtype);
-    g.residual.data = image_at(g.residual.data, y, key->dtype);
-    g.rows = count * v[OUT_HEIGHT] * v[OUT_WIDTH];
-    ac_dnn_call call = {.lane = lane, .key = *key, .describe = describe, .workspace = scratch,
-                        .workspace_bytes = WORKSPACE, .own = run_own, .context = &g,
-                        .own_is_slow = !mma_fits(&g),
-                        .id = {X, W, Y}, .n_operands = 3,
-                        .address = {g.x[0].data, g.weight, g.out.data}};
-    call.key.value[IMAGES] = count;
-    if (v[HAS_BIAS]) {
-        call.id[call.n_operands] = B;
-        call.address[call.n_operands++] = g.bias;
-    }
-    if (v[HAS_RESIDUAL]) {
-        call.id[call.n_operands] = RESIDUAL;
-        call.address[call.n_operands++] = g.residual.data;
-    }
-    return ac_dnn_run(&call);
+    job j = {.key = *key, .gemm = *all, .scratch = scratch};
+    ac_gemm *g = &j.gemm;
+    g->x[0].data = image_at(g->x[0].data, first * v[HEIGHT] * v[WIDTH] * v[C_IN], key->dtype);
+    g->out.data = image_at(g->out.data, y, key->dtype);
+    g->residual.data = image_at(g->residual.data, y, key->dtype);
+    g->rows = count * v[OUT_HEIGHT] * v[OUT_WIDTH];
+    j.key.value[IMAGES] = count;
+    j.rows = rows_of(&j.key);
+    j.rows.x = g->x[0].data;
+    j.rows.weight = g->weight;
+    j.rows.bias = g->bias;
+    j.rows.residual = g->residual.data;
+    j.rows.out = (void *)g->out.data;
+    return run_job(lane, &j, true);
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
@@ -217,9 +298,11 @@ supports(const ac_problem *p, const ac_caps *caps)
 static size_t
 scratch_bytes(const ac_problem *p, const ac_caps *caps)
 {
-    (void)p;
+    ac_dnn_key key;
     (void)caps;
-    return WORKSPACE;
+    key_of(p, &key);
+    key.value[IMAGES] = AC_MIN(images_at_once(key.value), key.value[IMAGES]);
+    return workspace_of(&key);
 }
 
 static bool
@@ -241,7 +324,7 @@ launch(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared)
     }
     ac_conv_gemm(p, prepared, &g);
     if (!aligned(&g)) {
-        return run_own(lane, &g);
+        return run_gemm(lane, &g);
     }
     key_of(p, &key);
     int64_t step = images_at_once(key.value), images = key.value[IMAGES];
@@ -262,6 +345,7 @@ phases_key(const ac_problem *p, ac_dnn_key *key)
     memset(key, 0, sizeof *key);
     key->kind = AC_DNN_CONV;
     key->dtype = p->output.dtype;
+    key->tf32 = p->tf32;
     int64_t *v = key->value;
     v[IMAGES] = x->shape.dim[0];
     v[HEIGHT] = x->shape.dim[1];
@@ -290,6 +374,15 @@ phase_images(const ac_dnn_key *key)
     return AC_MIN(AC_MAX(most, 1), AC_MIN(images_at_once(key->value), key->value[IMAGES]));
 }
 
+/* Before the phases in scratch. */
+static size_t
+phases_workspace(const ac_dnn_key *key)
+{
+    ac_dnn_key part = *key;
+    part.value[IMAGES] = phase_images(key);
+    return ac_align_up(workspace_of(&part), 256);
+}
+
 static bool
 supports_phases(const ac_problem *p, const ac_caps *caps)
 {
@@ -297,9 +390,8 @@ supports_phases(const ac_problem *p, const ac_caps *caps)
     ac_dnn_key key;
     ac_dtype dtype = p->output.dtype;
     if (ac_operand(p, AC_CONV_RESIDUAL) || p->attr.up_conv2d.act != AC_ACT_NONE ||
-        !ac_conv_gemm(p, NULL, &g) || !ac_gemm_mma_fits(&g, caps->isa) ||
-        ac_tensor_count(&p->output) < 1) {
-        return false; /* f16 and bf16, channels in eights; what fails here goes to gemm_mma.cu */
+        !ac_conv_gemm(p, NULL, &g) || ac_tensor_count(&p->output) < 1) {
+        return false; /* what fails here goes to gemm_mma.cu or gemm.cu */
     }
     if (!whole(&p->input[AC_CONV_X], dtype) || !whole(&p->output, dtype) ||
         !whole(ac_operand(p, AC_CONV_B), dtype) || !whole(&p->input[AC_CONV_W], dtype) ||
@@ -307,7 +399,8 @@ supports_phases(const ac_problem *p, const ac_caps *caps)
         return false;
     }
     phases_key(p, &key);
-    return images_at_once(key.value) > 0 && ac_dnn_found(0);
+    bool fits = dtype == AC_F32 ? gathers(&key) : ac_gemm_mma_fits(&g, caps->isa);
+    return fits && images_at_once(key.value) > 0 && ac_dnn_found(0);
 }
 
 static size_t
@@ -316,7 +409,7 @@ phases_scratch(const ac_problem *p, const ac_caps *caps)
     ac_dnn_key key;
     (void)caps;
     phases_key(p, &key);
-    return WORKSPACE + phase_bytes(&key, phase_images(&key)) +
+    return phases_workspace(&key) + phase_bytes(&key, phase_images(&key)) +
            ac_align_up((size_t)key.value[C_OUT] * ac_dtype_size((ac_dtype)key.dtype), 256);
 }
 
@@ -326,15 +419,16 @@ run_phases(ac_lane *lane, const ac_dnn_key *key, const ac_gemm *g, int64_t first
            char *scratch)
 {
     const int64_t *v = key->value;
-    char *all = scratch + WORKSPACE, *bias = all + phase_bytes(key, phase_images(key));
+    char *all = scratch + phases_workspace(key), *bias = all + phase_bytes(key, phase_images(key));
     int64_t channels = v[C_OUT] / 4;
-    const void *x = image_at(g->x[0].data, first * v[HEIGHT] * v[WIDTH] * v[C_IN], key->dtype);
-    ac_dnn_call call = {.lane = lane, .key = *key, .describe = describe, .workspace = scratch,
-                        .workspace_bytes = WORKSPACE, .id = {X, W, Y, B},
-                        .address = {x, g->weight, all, bias},
-                        .n_operands = v[HAS_BIAS] ? 4 : 3};
-    call.key.value[IMAGES] = count;
-    AC_TRY(ac_dnn_run(&call));
+    job j = {.key = *key, .scratch = scratch};
+    j.key.value[IMAGES] = count;
+    j.rows = rows_of(&j.key);
+    j.rows.x = image_at(g->x[0].data, first * v[HEIGHT] * v[WIDTH] * v[C_IN], key->dtype);
+    j.rows.weight = g->weight;
+    j.rows.bias = v[HAS_BIAS] ? bias : NULL;
+    j.rows.out = all;
+    AC_TRY(run_job(lane, &j, false));
     ac_interleave i = {.from = all, .dtype = (ac_dtype)key->dtype, .images = count,
                        .height = (int32_t)v[HEIGHT], .width = (int32_t)v[WIDTH],
                        .channels = channels,
@@ -354,19 +448,19 @@ launch_phases(ac_lane *lane, const ac_problem *p, void *scratch, const void *pre
     }
     ac_conv_gemm(p, prepared, &g);
     if (!aligned(&g)) {
-        return run_own(lane, &g);
+        return run_gemm(lane, &g);
     }
     phases_key(p, &key);
     int64_t step = phase_images(&key), images = key.value[IMAGES];
     if (g.bias) { /* one for each phase */
-        char *bias = (char *)scratch + WORKSPACE + phase_bytes(&key, step);
+        char *bias = (char *)scratch + phases_workspace(&key) + phase_bytes(&key, step);
         AC_TRY(ac_cuda_repeat(lane, bias, g.bias, key.value[C_OUT] / 4, 4, (ac_dtype)key.dtype));
     }
     ac_status status = AC_OK;
     for (int64_t first = 0; first < images && status == AC_OK; first += step) {
         status = run_phases(lane, &key, &g, first, AC_MIN(step, images - first), scratch);
     }
-    return status == AC_E_UNSUPPORTED ? run_own(lane, &g) : status;
+    return status == AC_E_UNSUPPORTED ? run_gemm(lane, &g) : status;
 }
 
 const ac_kernel ac_cuda_up_conv2d_cudnn = {

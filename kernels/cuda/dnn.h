@@ -41,13 +41,20 @@ void ac_dnn_set_part(ac_dnn_graph *g, ac_dnn_descriptor d, cudnnBackendAttribute
 void ac_dnn_end(ac_dnn_graph *g, ac_dnn_descriptor d, bool operation);
 void ac_dnn_add(ac_dnn_graph *g, ac_dnn_descriptor a, ac_dnn_descriptor b, ac_dnn_descriptor y);
 
-enum { AC_DNN_CONV = 1, AC_DNN_ATTENTION, AC_DNN_OPERANDS = 6 };
+enum { AC_DNN_CONV = 1, AC_DNN_ATTENTION, AC_DNN_OPERANDS = 6, AC_DNN_OWN = 3 };
 
 /* Everything that a description depends on; compared byte by byte. */
 typedef struct ac_dnn_key {
     int32_t kind, dtype;
+    int32_t tf32, pad; /* bool: f32 factors may be rounded to TF32 */
     int64_t value[20];
 } ac_dnn_key;
+
+/* A way of our own to do the whole problem. */
+typedef struct ac_dnn_own {
+    const char *name;
+    ac_status (*run)(ac_lane *lane, const void *context);
+} ac_dnn_own;
 
 typedef struct ac_dnn_call {
     ac_lane *lane;
@@ -58,10 +65,10 @@ typedef struct ac_dnn_call {
     const void *address[AC_DNN_OPERANDS];
     void *workspace;
     size_t workspace_bytes; /* configurations that want more are left out */
-    /* Our own kernel for the problem: another way, and the one left when the library has none. */
-    ac_status (*own)(ac_lane *lane, const void *context);
-    const void *context;
-    bool own_is_slow; /* only where the library has nothing */
+    ac_dnn_own own[AC_DNN_OWN]; /* the last ones, n_slow, only where nothing else does it */
+    int32_t n_own, n_slow;
+    const void *context; /* of them */
+    bool without; /* the library: it is known to be slow at this */
 } ac_dnn_call;
 
 /* True when there is a cuDNN 9 (at least 9.minor); looked for once. */

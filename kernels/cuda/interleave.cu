@@ -3,13 +3,12 @@
 #include "interleave.h"
 
 __global__ static void __launch_bounds__(AC_THREADS)
-interleave_kernel(ac_interleave i, int64_t count)
+interleave_kernel(ac_interleave i, uint32_t groups, int64_t count)
 {
     int64_t at = (int64_t)blockIdx.x * AC_THREADS + threadIdx.x;
     if (at >= count) {
         return;
     }
-    uint32_t groups = (uint32_t)(i.channels / 8);
     uint32_t group = (uint32_t)(at % groups);
     int64_t pixel = at / groups;
     uint32_t x = (uint32_t)(pixel % (2 * i.width));
@@ -24,9 +23,11 @@ interleave_kernel(ac_interleave i, int64_t count)
 ac_status
 ac_cuda_interleave(ac_lane *lane, const ac_interleave *i)
 {
-    int64_t count = i->images * 4 * i->height * i->width * (i->channels / 8);
+    int64_t groups = i->channels * (int64_t)ac_dtype_size(i->dtype) / 16; /* of 16 bytes, a pixel */
+    int64_t count = i->images * 4 * i->height * i->width * groups;
     dim3 grid((unsigned)ac_ceil_div(count, AC_THREADS));
-    return ac_cuda_launch(lane, "interleave", interleave_kernel, grid, AC_THREADS, 0, *i, count);
+    return ac_cuda_launch(lane, "interleave", interleave_kernel, grid, AC_THREADS, 0, *i,
+                          (uint32_t)groups, count);
 }
 
 __global__ static void __launch_bounds__(AC_THREADS)

@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 /* to [n, 2 y + a, 2 x + b, c] = from [n, y + a, x + b, 2 a + b, c]; from has height + 1 rows of
- * width + 1 pixels.  Both contiguous and aligned to 16 bytes, f16 or bf16, channels in eights. */
+ * width + 1 pixels.  Both contiguous and aligned to 16 bytes, a pixel too. */
 typedef struct ac_interleave {
     void *to;
     const void *from;
