@@ -37,6 +37,7 @@ typedef struct loop {
     ac_rng *rng;          /* device: the generators as they were */
     ac_event *events[AHEAD + 1];
     int32_t step;         /* row that is next */
+    int32_t broken;       /* host copy of the state's, as of the last wait */
 } loop;
 
 /* ---- before the loop ------------------------------------------------------------------------- */
@@ -312,22 +313,41 @@ latents_in(void *arg, ac_device_lane *lane)
     return copy_in(l, lane, l->job.latents, l->latents, l->all);
 }
 
+/* Whether the host waits where the latents come out. */
+static bool
+waits(const loop *l)
+{
+    return !(l->a->device && l->a->stream.given);
+}
+
+/* Only where it is waited for: a download to the heap would wait by itself. */
+static ac_status
+broken_out(loop *l, ac_device_lane *lane)
+{
+    return l->backend->download(l->self, lane->lane, &l->broken, &l->job.state->broken,
+                                sizeof l->broken);
+}
+
 static ac_status
 latents_out(void *arg, ac_device_lane *lane)
 {
-    const loop *l = arg;
-    return copy_out(l, lane, l->latents, l->job.latents, l->all);
+    loop *l = arg;
+    AC_TRY(copy_out(l, lane, l->latents, l->job.latents, l->all));
+    return l->a->finite && waits(l) ? broken_out(l, lane) : AC_OK;
 }
 
 static ac_status
 end_device(void *arg, ac_device_lane *lane)
 {
-    const loop *l = arg;
+    loop *l = arg;
     if (l->a->registers) {
         AC_TRY(copy_out(l, lane, l->a->registers, l->job.registers[0],
                         AC_SCHED_REGISTERS * l->all));
     }
-    return l->a->callback ? AC_OK : latents_out(arg, lane); /* a callback has seen them already */
+    if (!l->a->callback) { /* which has seen them already */
+        AC_TRY(copy_out(l, lane, l->latents, l->job.latents, l->all));
+    }
+    return l->a->finite ? broken_out(l, lane) : AC_OK;
 }
 
 static ac_status
@@ -345,7 +365,8 @@ visit(loop *l, ac_exec_fn fn)
     if (l->backend->host_memory && fn != start_device) {
         return AC_OK; /* the loop works in the caller's memory */
     }
-    bool wait = fn != start_device && fn != noise_in && !(l->a->device && l->a->stream.given);
+    bool wait = fn != start_device && fn != noise_in && waits(l);
+    wait = wait || (fn == end_device && l->a->finite);
     return ac_exec_visit(l->exec, l->a->stream, wait, fn, l);
 }
 
@@ -441,17 +462,34 @@ run_row(loop *l)
     return AC_OK;
 }
 
+/* What is known of it by now. */
+static ac_status
+check_finite(const loop *l)
+{
+    const ac_denoise_args *a = l->a;
+    int32_t broken = l->backend->host_memory ? l->job.state->broken : l->broken;
+    if (!a->finite || !broken) {
+        return AC_OK;
+    }
+    return ac_error(AC_E_NUMERIC, "unet: found NaN or infinity in the latents after step %d of "
+                                  "%d, timestep %g, expected finite numbers; see its weights, or "
+                                  "the range of its dtype", broken, a->schedule->n_rows,
+                    a->schedule->rows[broken - 1].timestep);
+}
+
 /* As a callback returns. */
 static ac_status
 report(loop *l, int32_t row)
 {
     const ac_denoise_args *a = l->a;
+    double timestep = a->schedule->rows[row].timestep;
     if (!a->callback) {
-        return a->poll ? a->poll(a->callback_arg) : AC_OK;
+        AC_TRY(check_finite(l));
+        return a->poll ? a->poll(a->callback_arg, row, timestep) : AC_OK;
     }
     AC_TRY(visit(l, latents_out));
-    ac_status said = a->callback(a->callback_arg, row, a->schedule->rows[row].timestep,
-                                 l->latents);
+    AC_TRY(check_finite(l));
+    ac_status said = a->callback(a->callback_arg, row, timestep, l->latents);
     if (said == 0) {
         AC_TRY(visit(l, latents_in));
     }
@@ -490,7 +528,8 @@ run_loop(loop *l)
     if (status >= 0 || status == AC_E_CANCELLED) {
         AC_TRY(visit(l, end_device));
     }
-    return AC_MIN(status, 0);
+    AC_TRY(AC_MIN(status, 0));
+    return check_finite(l);
 }
 
 ac_status

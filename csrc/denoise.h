@@ -51,11 +51,16 @@ typedef struct ac_denoise_args {
     /* What the sampler remembers: [AC_SCHED_REGISTERS, n, c, h, w] f32, so that another call can go
      * on at a later first_row, with other conditions or guidance.  NULL: the loop's own. */
     float *registers;
-    ac_step_fn callback;    /* NULL: none.  Without one the host never waits for a step's latents */
+    /* NULL: none.  Without one nothing is copied between the rows, and the host never waits for a
+     * row before it submits the next: it stays two rows ahead, so that it can be stopped. */
+    ac_step_fn callback;
     void *callback_arg;     /* of poll too */
-    /* Called after a row without a callback, which on a device may still be running: signals.
-     * Returns as a callback.  NULL: none. */
-    ac_status (*poll)(void *arg);
+    /* Called after a row where there is no callback: progress, signals.  On a device the row was
+     * submitted and may still be running.  Returns as a callback.  NULL: none. */
+    ac_status (*poll)(void *arg, int32_t index, double timestep);
+    /* NaN or infinity in the latents ends the run with AC_E_NUMERIC, which names the row: at once
+     * on a CPU and where a callback gets them in host memory, else at the end, waited for. */
+    bool finite;
     const _Atomic int *cancel; /* not 0: stop with AC_E_CANCELLED; NULL: none */
 } ac_denoise_args;
 

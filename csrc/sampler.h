@@ -42,14 +42,14 @@ typedef struct ac_sched_row {
 /* What changes from step to step and from call to call, in the device's memory. */
 typedef struct ac_sampler_state {
     int32_t step; /* the row that comes next; the UNet reads it, applying a row counts it up */
-    int32_t unused;
+    int32_t broken; /* the first row, counted from 1, that left latents not finite; 0: none */
     double guidance_scale;
     double guidance_rescale;
 } ac_sampler_state;
 
 typedef enum ac_sampler_phase {
     AC_SAMPLER_SCALE, /* before the UNet: latents -> sample */
-    AC_SAMPLER_APPLY  /* after it: output -> latents and registers, and the next row */
+    AC_SAMPLER_APPLY  /* after it: output -> latents and registers, `broken`, and the next row */
 } ac_sampler_phase;
 
 /* All addresses are of the device's memory.  Latents and all arithmetic on them are f32 or better,

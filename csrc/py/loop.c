@@ -67,7 +67,8 @@ static PyType_Spec cancel_spec = {
 
 typedef struct run {
     PyObject *module;
-    PyObject *callback;     /* borrowed, or NULL */
+    PyObject *callback;     /* borrowed, or NULL; one of the two at most */
+    PyObject *progress;
     PyThreadState *thread;  /* saved while the loop runs */
     ac_py_view latents;     /* [n, c, h, w] f32, the caller's */
     ac_py_view noise, registers; /* the caller's, or empty */
@@ -78,17 +79,17 @@ typedef struct run {
     ac_denoise_args args;
 } run;
 
-/* Runs with the GIL. */
+/* Lets signals in and calls `function`, if any; with the GIL. */
 static ac_status
-call_back(run *r, int32_t index, double timestep)
+call_python(PyObject *function, int32_t index, double timestep)
 {
     if (PyErr_CheckSignals() < 0) {
         return ac_error(AC_E_CANCELLED, "interrupted");
     }
-    if (!r->callback) {
+    if (!function) {
         return AC_OK;
     }
-    PyObject *said = PyObject_CallFunction(r->callback, "id", (int)index, timestep);
+    PyObject *said = PyObject_CallFunction(function, "id", (int)index, timestep);
     int stop = said ? PyObject_IsTrue(said) : -1;
     Py_XDECREF(said);
     if (stop < 0) {
@@ -98,11 +99,11 @@ call_back(run *r, int32_t index, double timestep)
 }
 
 static ac_status
-on_poll(void *arg)
+on_poll(void *arg, int32_t index, double timestep)
 {
     run *r = arg;
     PyEval_RestoreThread(r->thread);
-    ac_status status = call_back(r, 0, 0.0);
+    ac_status status = call_python(r->progress, index, timestep);
     r->thread = PyEval_SaveThread();
     return status;
 }
@@ -114,7 +115,7 @@ on_step(void *arg, int32_t index, double timestep, float *latents)
     run *r = arg;
     (void)latents;
     PyEval_RestoreThread(r->thread);
-    ac_status status = call_back(r, index, timestep);
+    ac_status status = call_python(r->callback, index, timestep);
     r->thread = PyEval_SaveThread();
     return status;
 }
@@ -297,17 +298,27 @@ take_cancel(ac_py_state *state, PyObject *object, run *r)
 }
 
 static int
-take_callback(PyObject *object, run *r)
+take_callable(PyObject *object, const char *what, PyObject **out)
 {
-    if (object == Py_None) {
-        return 0;
-    }
-    if (!PyCallable_Check(object)) {
-        PyErr_SetString(PyExc_TypeError, "callback: expected a callable");
+    if (object != Py_None && !PyCallable_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a callable", what);
         return -1;
     }
-    r->callback = object;
+    *out = object == Py_None ? NULL : object;
     return 0;
+}
+
+static int
+take_callbacks(PyObject *callback, PyObject *progress, run *r)
+{
+    if (callback != Py_None && progress != Py_None) {
+        PyErr_SetString(PyExc_TypeError, "progress: found a callback too, expected one of them");
+        return -1;
+    }
+    if (take_callable(callback, "callback", &r->callback) < 0) {
+        return -1;
+    }
+    return take_callable(progress, "progress", &r->progress);
 }
 
 static void
@@ -341,18 +352,19 @@ py_denoise(PyObject *module, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"model", "schedule", "latents", "conditions", "rngs",
                             "guidance_scale", "guidance_rescale", "callback", "cancel",
-                            "first_row", "noise", "registers", "compute", "stream", NULL};
+                            "first_row", "noise", "registers", "compute", "tf32", "stream",
+                            "progress", "check_finite", NULL};
     PyObject *model, *schedule, *latents, *conditions, *rngs;
     PyObject *callback = Py_None, *cancel = Py_None, *noise = Py_None, *registers = Py_None;
-    PyObject *stream = Py_None;
+    PyObject *stream = Py_None, *progress = Py_None;
     run r = {.module = module, .args.guidance_scale = 1.0};
     const char *compute = "float32";
-    int first_row = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOO|$ddOOiOOsO:denoise", names, &model,
+    int first_row = 0, finite = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOOO|$ddOOiOOsiOOp:denoise", names, &model,
                                      &schedule, &latents, &conditions, &rngs,
                                      &r.args.guidance_scale, &r.args.guidance_rescale, &callback,
                                      &cancel, &first_row, &noise, &registers, &compute,
-                                     &stream)) {
+                                     &r.args.tf32, &stream, &progress, &finite)) {
         return NULL;
     }
     ac_py_state *state = PyModule_GetState(module);
@@ -366,6 +378,7 @@ py_denoise(PyObject *module, PyObject *args, PyObject *keywords)
     }
     r.args.unet = ((ac_py_model *)model)->model;
     r.args.first_row = first_row;
+    r.args.finite = finite;
     r.args.schedule = ac_py_schedule_of(module, schedule);
     ac_status status = AC_OK;
     bool ready = r.args.schedule && ac_py_stream_of(state, stream, &r.args.stream) == 0 &&
@@ -373,7 +386,8 @@ py_denoise(PyObject *module, PyObject *args, PyObject *keywords)
                  take_memory(state, noise, registers, &r) == 0 &&
                  take_conditions(state, conditions, &r) == 0 && check_places(state, &r) == 0 &&
                  take_rngs(module, rngs, &r) == 0 &&
-                 take_cancel(state, cancel, &r) == 0 && take_callback(callback, &r) == 0;
+                 take_cancel(state, cancel, &r) == 0 &&
+                 take_callbacks(callback, progress, &r) == 0;
     if (ready) {
         status = start(&r, ((ac_py_model *)model)->weights);
         give_rngs_back(&r);
@@ -392,11 +406,15 @@ static PyMethodDef functions[] = {
     {"denoise", (PyCFunction)(void (*)(void))py_denoise, METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("denoise(model, schedule, latents, conditions, rngs, *, guidance_scale=1.0, "
                "guidance_rescale=0.0, callback=None, cancel=None, first_row=0, noise=None, "
-               "registers=None, compute=\"float32\", stream=None)\n--\n\nRuns the loop in place on "
-               "latents.  callback(index, timestep) returns true to stop.  noise [rows, n, c, h, "
-               "w]: instead of rngs.  registers [6, n, c, h, w]: what a later call goes on with, "
-               "at first_row.  Latents, noise and registers are all on the model's GPU or all in "
-               "host memory; conditions may be in either.")},
+               "registers=None, compute=\"float32\", tf32=0, stream=None, progress=None, "
+               "check_finite=False)\n--\n\nRuns the loop in place on latents.  callback(index, "
+               "timestep) after each row may change them and returns true to stop; progress, "
+               "instead, sees none: it is called when the row is submitted, nothing is copied and "
+               "nothing waited for.  noise [rows, n, c, h, w]: instead of rngs.  registers [6, n, "
+               "c, h, w]: what a later call goes on with, at first_row.  Latents, noise and "
+               "registers are all on the model's GPU or all in host memory; conditions may be in "
+               "either.  check_finite: a NumericError for latents that are not, which names the "
+               "row.")},
     {0},
 };
 

@@ -62,6 +62,17 @@ guide(const ac_sampler_job *job)
     }
 }
 
+static bool
+are_finite(const float *x, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        if (!isfinite(x[i])) {
+            return false;
+        }
+    }
+    return true;
+}
+
 ac_status
 ac_cpu_sampler(void *self, ac_lane *lane, const ac_sampler_job *job, ac_sampler_phase phase)
 {
@@ -82,5 +93,8 @@ ac_cpu_sampler(void *self, ac_lane *lane, const ac_sampler_job *job, ac_sampler_
     ac_sched_apply(row, job->images, job->per_image, job->latents, job->output, noise,
                    job->registers, job->work);
     job->state->step++;
+    if (!job->state->broken && !are_finite(job->latents, job->images * job->per_image)) {
+        job->state->broken = job->state->step;
+    }
     return AC_OK;
 }

@@ -293,7 +293,11 @@ apply_kernel(ac_sampler_job job)
     for (int s = 0; s < row.n_stores; s++) {
         job.registers[row.store[s].to][at] = (float)combine(row.store[s].c, basis);
     }
-    job.latents[at] = (float)next;
+    const float rounded = (float)next;
+    job.latents[at] = rounded;
+    if (!isfinite(rounded) && job.state->broken == 0) {
+        atomicCAS(&job.state->broken, 0, job.state->step + 1);
+    }
 }
 
 /* After all blocks of the row. */

@@ -235,7 +235,8 @@ class Pipeline:
             _core.denoise(self.unet._model, schedule, latents, inputs, generators,
                           guidance_scale=guidance,
                           guidance_rescale=number(guidance_rescale, "guidance_rescale"),
-                          callback=progress.step, cancel=cancel, compute=self.unet.compute)
+                          cancel=cancel, compute=self.unet.compute, check_finite=True,
+                          **progress.listener())
         return PipelineOutput(self._finish(latents, output_type), seeds)
 
     def _guidance(self, scale):
@@ -372,7 +373,7 @@ class Pipeline:
 
 
 class _Progress:
-    """The bar, the callbacks and the look at the latents of one run."""
+    """The bar and the callbacks of one run."""
 
     def __init__(self, pipe, schedule, latents, bar, callback, on_step_end):
         for what, function in (("callback", callback), ("callback_on_step_end", on_step_end)):
@@ -397,11 +398,14 @@ class _Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def step(self, index, timestep):
+    def listener(self):
+        """Who wants the latents makes a GPU wait for the host after each row; the bar does not."""
+        wanted = self.callback is not None or self.on_step_end is not None
+        return {"callback": self._step} if wanted else {"progress": self._advance}
+
+    def _step(self, index, timestep):
         """Called by the engine after row `index`; True stops."""
         stop = False
-        _check_finite(self.latents, "unet", f"the latents after step {index + 1} of "
-                                            f"{len(self.counts)}, timestep {timestep:g}")
         if self.callback is not None:
             stop = bool(self.callback(index, timestep, self.latents))
             self._check_changes("callback", index)
@@ -409,9 +413,12 @@ class _Progress:
             said = self.on_step_end(self.pipe, index, timestep, {"latents": self.latents})
             self._take(said)
             self._check_changes("callback_on_step_end", index)
+        self._advance(index, timestep)
+        return stop
+
+    def _advance(self, index, timestep):
         if self.bar is not None and self.counts[index]:
             self.bar.update()
-        return stop
 
     def _check_changes(self, what, index):
         if not np.isfinite(self.latents).all():

@@ -94,11 +94,30 @@ def _table(scheduler, steps, eta):
 # ---- the loop ------------------------------------------------------------------------------------
 
 
+class Draws:
+    """States of the generators that a call draws from, to undo its draws."""
+
+    def __init__(self, generator, device):
+        if generator is None:
+            if device.type == "cpu":
+                generator = torch.default_generator
+            else:
+                index = torch.cuda.current_device() if device.index is None else device.index
+                generator = torch.cuda.default_generators[index]
+        self.generators = generator if isinstance(generator, list | tuple) else [generator]
+        self.states = [g.get_state() for g in self.generators]
+
+    def undo(self):
+        for g, state in zip(self.generators, self.states, strict=True):
+            g.set_state(state)
+
+
 class Loop:
     """Rows of the table, in as few runs of the engine as the callbacks leave.
 
-    A callback that changes prompts, guidance or weights ends the run after its row; another run
-    goes on from there with the same latents and the sampler's registers.
+    Without callbacks the noise of all rows is drawn before the first one, and no row waits for a
+    GPU. A callback that changes prompts, guidance or weights ends the run after its row; another
+    run goes on from there with the same latents and the sampler's registers.
     """
 
     def __init__(self, task, values):
@@ -117,17 +136,19 @@ class Loop:
         given = values.pop("latents")
         self.dtype = given.dtype
         self.latents = given.detach().to(torch.float32, copy=True).contiguous()
-        self._make_memory()
         self.next = 0       # row to run next
         self.started = False
+        self.ran = 0        # rows that ran
+        self.ahead = []     # of rows drawn ahead: (row, Draws from before it)
+        self.calls = self.on_step_end is not None or self.callback is not None
+        self._make_memory()
 
     def _make_memory(self):
         noisy = any(row["draws_noise"] for row in self.table.rows)
         size = (*self.latents.shape,)
         device = self.latents.device
         self.noise = torch.empty((len(self.table), *size), device=device) if noisy else None
-        calls = self.on_step_end is not None or self.callback is not None
-        self.registers = torch.zeros((6, *size), device=device) if calls else None
+        self.registers = torch.zeros((6, *size), device=device) if self.calls else None
 
     def run(self):
         """The latents after the last row, in the dtype they came in."""
@@ -136,10 +157,12 @@ class Loop:
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
         with pipe.progress_bar(total=self.total) as self.bar:
-            if self.rows:
-                self._draw(0)
-            while self.next < self.rows:
-                self._segment()
+            try:
+                self._draw_first()
+                while self.next < self.rows:
+                    self._segment()
+            finally:
+                self._undraw()
         return self.latents.to(self.dtype)
 
     def _segment(self):
@@ -154,7 +177,6 @@ class Loop:
             conditions = self._conditions()
             args = self._args(conditions)
             with native.running(unet, args) as model:
-                args["compute"] = native.compute
                 self._denoise(native, model, conditions, args)
         except Fallback as reason:
             if not self.started:
@@ -177,6 +199,8 @@ class Loop:
         options = {}
         if self.latents.is_cuda:
             options["stream"] = torch.cuda.current_stream(self.latents.device).cuda_stream
+        # progress: called when a row is submitted, no latents are copied
+        listener = "callback" if self.calls else "progress"
 
         def step(row, timestep):
             return self._step(row, native, model)
@@ -184,8 +208,9 @@ class Loop:
         def run():
             _core.denoise(model, self.table, self.latents, conditions, [_core.Rng(0)],
                           guidance_scale=self.guidance[0], guidance_rescale=self.guidance[1],
-                          callback=step, first_row=first, noise=self.noise,
-                          registers=self.registers, compute=args["compute"], **options)
+                          first_row=first, noise=self.noise,
+                          registers=self.registers, compute=args["compute"],
+                          tf32=args["tf32"], **options, **{listener: step})
 
         try:
             with_room(self.latents.device, run, lambda: self.next == first)
@@ -227,9 +252,25 @@ class Loop:
         self.noise[row] = randn_tensor(self.latents.shape, generator=self.generator,
                                        device=self.latents.device, dtype=dtype)
 
+    def _draw_first(self):
+        if self.calls:
+            self._draw(0)
+            return
+        for row in range(self.rows):
+            if self.table.rows[row]["draws_noise"]:
+                self.ahead.append((row, Draws(self.generator, self.latents.device)))
+                self._draw(row)
+
+    def _undraw(self):
+        """A run that ended early leaves the generators where the rows that ran left them."""
+        for row, draws in self.ahead:
+            if row >= self.ran:
+                draws.undo()
+                break
+
     def _after(self, row):
         """Callbacks and the bar after a row; True when a callback was called."""
-        self.started, self.next = True, row + 1
+        self.started, self.next, self.ran = True, row + 1, row + 1
         if hasattr(self.scheduler, "_step_index"):
             self.scheduler._step_index = row + 1
         called = self.on_step_end is not None
@@ -245,7 +286,7 @@ class Loop:
                 called = True
         if self.pipe.interrupt:
             self.next = self.rows
-        else:
+        elif self.calls:
             self._draw(row + 1)
         return called
 
@@ -260,12 +301,15 @@ class Loop:
         return self.latents.to(self.dtype, copy=True)
 
     def _take(self, new):
-        """Latents that a callback had in its hands."""
+        """Latents that a callback had in its hands; those that are what it was shown keep what
+        float32 has beyond that. Nothing waits for a GPU."""
         if new.shape != self.latents.shape:
             raise ShapeError(f"callback_on_step_end's latents: found {list(new.shape)}, expected "
                              f"{list(self.latents.shape)}")
-        if new.dtype != self.dtype or not torch.equal(new, self.latents.to(self.dtype)):
-            self.latents.copy_(new)
+        if new.dtype == self.dtype:
+            new = new.to(self.latents.device)
+            new = torch.where(new == self.latents.to(self.dtype), self.latents, new)
+        self.latents.copy_(new)
 
     def _call_on_step_end(self, row):
         shown = self._show()

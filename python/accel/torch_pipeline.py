@@ -17,7 +17,7 @@ from collections import Counter
 import torch
 
 from .compile_ import PIPES
-from .torch_loop import Loop, check_scheduler, native_unet
+from .torch_loop import Draws, Loop, check_scheduler, native_unet
 from .torch_native import FallbackWarning
 from .torch_watch import Fallback, check_autocast, check_state
 
@@ -224,7 +224,7 @@ class StableDiffusion:
     def run(self):
         pipe, a = self.pipe, self.a
         self._start()
-        drawn = _Draws(a["generator"], self.device)
+        drawn = Draws(a["generator"], self.device)
         values = self._encode()
         pipe.scheduler.set_timesteps(a["num_inference_steps"], device=self.device)
         values["latents"] = self._latents(values["prompt_embeds"].dtype)
@@ -358,21 +358,3 @@ class StableDiffusionXL(StableDiffusion):
 
 TASKS = {"StableDiffusionPipeline": StableDiffusion,
          "StableDiffusionXLPipeline": StableDiffusionXL}
-
-
-class _Draws:
-    """States of the generators that a call draws from, to undo its draws."""
-
-    def __init__(self, generator, device):
-        if generator is None:
-            if device.type == "cpu":
-                generator = torch.default_generator
-            else:
-                index = torch.cuda.current_device() if device.index is None else device.index
-                generator = torch.cuda.default_generators[index]
-        self.generators = generator if isinstance(generator, list | tuple) else [generator]
-        self.states = [g.get_state() for g in self.generators]
-
-    def undo(self):
-        for g, state in zip(self.generators, self.states, strict=True):
-            g.set_state(state)

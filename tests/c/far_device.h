@@ -52,7 +52,8 @@ static struct {
     size_t live, most;       /* bytes */
     int64_t fail_at;         /* the n-th allocation from now fails; 0: none */
     bool fail_recording;
-    int64_t allocations, launches, uploads, replays, follows, waits, syncs, events;
+    int64_t allocations, launches, uploads, downloads, replays, follows, waits, syncs, events;
+    int64_t copies;          /* within far memory, not recorded ones */
     size_t uploaded;         /* bytes */
     int32_t recordings;      /* alive */
 } far;
@@ -335,6 +336,7 @@ far_download(void *self, ac_lane *lane, void *to, const void *from, size_t bytes
     far_check(from, bytes);
     CHECK(far_find(to) < 0);
     memcpy(to, from, bytes);
+    far.downloads++;
     return AC_OK;
 }
 
@@ -344,6 +346,7 @@ far_copy(void *self, ac_lane *lane, void *to, const void *from, size_t bytes)
     (void)self;
     far_check(to, bytes);
     far_check(from, bytes);
+    far.copies += !((far_lane *)lane)->recording;
     return far_add((far_lane *)lane, &(far_launch){.to = to, .from = from, .bytes = bytes});
 }
 

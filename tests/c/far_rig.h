@@ -102,7 +102,9 @@ typedef struct request {
     double guidance, rescale;
     bool ragged;        /* a generator for each image */
     bool queue;         /* on a stream, latents, conditions and registers on the device */
+    bool finite;        /* is checked */
     ac_step_fn callback;
+    ac_status (*poll)(void *arg, int32_t index, double timestep);
     uint32_t generator; /* out: its next word */
     float latents[COUNT * 4];
 } request;
@@ -168,7 +170,7 @@ denoise(rig *r, request *q)
                             .condition = &condition, .n_conditions = 1, .tokens = TOKENS,
                             .guidance_scale = q->guidance, .guidance_rescale = q->rescale,
                             .rng = rng, .n_rng = q->ragged ? IMAGES : 1,
-                            .callback = q->callback};
+                            .callback = q->callback, .poll = q->poll, .finite = q->finite};
     ac_status status = q->queue ? denoise_there(&args, &condition, q)
                                 : ac_denoise(&args, q->latents);
     q->generator = ac_rng_next(&rng[0]);
@@ -194,6 +196,7 @@ static inline void
 start_count(void)
 {
     far.replays = far.uploads = far.launches = far.follows = far.waits = far.syncs = 0;
+    far.downloads = far.copies = 0;
     far.most = far.live;
     far.uploaded = 0;
 }

@@ -76,6 +76,109 @@ callbacks_see_and_change_latents(void)
     close_both();
 }
 
+/* ---- without a callback ---------------------------------------------------------------------- */
+
+static int32_t polled;
+
+static ac_status
+count_rows(void *arg, int32_t index, double timestep)
+{
+    (void)arg;
+    CHECK_INT(index, polled++);
+    CHECK(timestep >= 0.0);
+    return 0;
+}
+
+static ac_status
+stop_at_third(void *arg, int32_t index, double timestep)
+{
+    (void)arg;
+    (void)timestep;
+    return index == 2;
+}
+
+/* Between the rows nothing is copied and nobody waits; with a callback both happen at each row. */
+static void
+rows_follow_each_other(void)
+{
+    open_both();
+    for (int kind = 0; kind < 4; kind++) {
+        bool queue = kind % 2, calls = kind >= 2;
+        for (int call = 0; call < 3; call++) {
+            got = (request){.schedule = schedules[3], .guidance = 2.0, .queue = queue,
+                            .poll = calls ? NULL : count_rows,
+                            .callback = calls ? add_in_place : NULL};
+            polled = 0;
+            start_count();
+            CHECK_OK(denoise(&there, &got));
+        }
+        int64_t moves = calls ? 2 * STEPS : 1; /* out and in each time, or out at the end */
+        CHECK_INT(polled, calls ? 0 : STEPS);
+        CHECK_INT(far.replays, STEPS);
+        CHECK_INT(far.syncs, queue ? 0 : calls ? moves + 1 : moves);
+        CHECK_INT(far.downloads, queue ? 0 : calls ? STEPS : 1);
+        CHECK_INT(far.copies, queue ? moves + 1 : 0);
+    }
+    close_both();
+}
+
+static void
+a_poll_ends_the_run(void)
+{
+    open_both();
+    want = (request){.schedule = schedules[4], .guidance = 2.0, .poll = stop_at_third};
+    CHECK_OK(denoise(&cpu, &want));
+    for (int queue = 0; queue < 2; queue++) {
+        got = (request){.schedule = schedules[4], .guidance = 2.0, .poll = stop_at_third,
+                        .queue = queue};
+        CHECK_OK(denoise(&there, &got));
+        same_latents(&got, &want);
+    }
+    close_both();
+}
+
+static ac_status
+break_second(void *arg, int32_t index, double timestep, float *latents)
+{
+    (void)arg;
+    (void)timestep;
+    latents[3] = index == 1 ? NAN : latents[3];
+    return 0;
+}
+
+/* At the row where it came, whoever finds it, and only where it is asked for. */
+static void
+latents_that_are_not_finite_are_an_error(void)
+{
+    open_both();
+    rig *both[] = {&cpu, &there};
+    for (int kind = 0; kind < 12; kind++) {
+        rig *r = both[kind % 2];
+        bool calls = kind / 2 % 3 == 1, queue = kind / 2 % 3 == 2 && r == &there;
+        bool finite = kind < 6;
+        got = (request){.schedule = schedules[3], .guidance = 2.0, .queue = queue,
+                        .finite = finite, .callback = calls ? break_second : NULL};
+        if (!calls) {
+            got.callback = NULL;
+            ((float *)ac_weights_find(r->weights, "conv_out.bias")->data)[0] = NAN;
+            ac_weights_check(r->weights);
+        }
+        start_count();
+        ac_status status = denoise(r, &got);
+        if (finite) {
+            CHECK_STATUS(status, AC_E_NUMERIC, calls ? "after step 3 of 6" : "after step 1 of 6");
+        } else {
+            CHECK_OK(status);
+            CHECK(!isfinite(got.latents[3]));
+        }
+        ((float *)ac_weights_find(r->weights, "conv_out.bias")->data)[0] = 0.0f;
+        ac_weights_check(r->weights);
+        got = (request){.schedule = schedules[3], .guidance = 2.0, .finite = true};
+        CHECK_OK(denoise(r, &got));
+    }
+    close_both();
+}
+
 /* ---- recording ------------------------------------------------------------------------------- */
 
 static void
@@ -211,6 +314,8 @@ strided_inputs_are_packed(void)
 }
 
 TEST_MAIN(TEST(loops_agree_with_the_cpu), TEST(callbacks_see_and_change_latents),
+          TEST(rows_follow_each_other), TEST(a_poll_ends_the_run),
+          TEST(latents_that_are_not_finite_are_an_error),
           TEST(a_device_that_cannot_record_launches), TEST(recording_is_switched_off),
           TEST(changed_weights_are_read), TEST(calls_agree_wherever_operands_are),
           TEST(strided_inputs_are_packed))

@@ -31,3 +31,18 @@ def sdxl_folder(tmp_path_factory):
     import tiny
 
     return tiny.write_model(tmp_path_factory.mktemp("models") / "sdxl", "sdxl")
+
+
+@pytest.fixture(scope="module")
+def sd(sd_folder):
+    """A stock pipeline and a compiled one."""
+    import dropin
+
+    return dropin.pair(sd_folder)
+
+
+@pytest.fixture(scope="module")
+def xl(sdxl_folder):
+    import dropin
+
+    return dropin.pair(sdxl_folder)

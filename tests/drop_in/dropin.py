@@ -5,6 +5,7 @@ import copy
 import warnings
 
 import diffusers
+import numpy as np
 import tiny
 import torch
 import transformers
@@ -12,6 +13,21 @@ import transformers
 import accel
 
 TOLERANCE = 2e-5  # of the largest value; float32 against PyTorch's float32
+PICTURE_TOLERANCE = 3e-5  # of 1.0, after some steps: float32 differences grow with every step
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddim zero snr": ("DDIMScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing":
+                                        "trailing", "prediction_type": "v_prediction"}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm": ("DPMSolverMultistepScheduler", {}),
+    "dpm karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm third": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+}
 
 
 def module(kind, which="sd", dtype=torch.float32):
@@ -121,3 +137,32 @@ def draw(pipe, prompt="the red house", seed=1, **options):
     options = {"num_inference_steps": 4, "output_type": "np", "guidance_scale": 3.0,
                "generator": generator, **options}
     return pipe(prompt, **options).images
+
+
+def pair(folder):
+    """The stock pipeline and a compiled one."""
+    return pipeline(folder), accel.compile(pipeline(folder))
+
+
+def use(pipes, monkeypatch, name):
+    """Gives the pipes one of SCHEDULERS, until the test is over."""
+    cls, options = SCHEDULERS[name]
+    for pipe in pipes:
+        made = getattr(diffusers, cls).from_config(pipe.scheduler.config, **options)
+        monkeypatch.setattr(pipe, "scheduler", made)
+
+
+def equal(a, b):
+    """Whether two pictures or latents are within PICTURE_TOLERANCE."""
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    assert a.shape == b.shape
+    return np.abs(a - b).max() <= PICTURE_TOLERANCE * max(1, np.abs(b).max())
+
+
+def same(pipes, stock=None, **options):
+    """Both draw the same; the fast one in its native loop, or in stock for that reason."""
+    plain, fast = pipes
+    with loop_ran(fast, stock):
+        a = draw(fast, **options)
+    assert equal(a, draw(plain, **options))
+    return a

@@ -15,11 +15,10 @@ import pytest
 import tiny
 import torch
 import transformers
-from dropin import draw, inputs, pipeline
+from dropin import PICTURE_TOLERANCE as TOLERANCE
+from dropin import draw, inputs, pair, pipeline
 
 import accel
-
-TOLERANCE = 3e-5  # of 1.0, after some steps: float32 differences grow with every step
 
 
 def runs(pipe):
@@ -30,10 +29,6 @@ def runs(pipe):
 def fallbacks(pipe):
     return {n: c["fallbacks"] for n, c in accel.report(pipe)["components"].items()
             if c.get("fallbacks")}
-
-
-def pair(folder):
-    return pipeline(folder), accel.compile(pipeline(folder))
 
 
 def same(fast, stock, loop=None, **options):
@@ -48,16 +43,6 @@ def same(fast, stock, loop=None, **options):
     assert not fallbacks(fast)
     assert np.abs(a - b).max() <= TOLERANCE, np.abs(a - b).max()
     return a
-
-
-@pytest.fixture(scope="module")
-def sd(sd_folder):
-    return pair(sd_folder)
-
-
-@pytest.fixture(scope="module")
-def xl(sdxl_folder):
-    return pair(sdxl_folder)
 
 
 def test_sd(sd):

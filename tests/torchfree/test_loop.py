@@ -65,6 +65,36 @@ def test_noise_is_read_when_its_row_runs(unet):
     assert not np.array_equal(denoise(unet, table, normals(1, 2, 4, 8, 8)), expected)
 
 
+def test_progress_is_told_of_rows_and_may_end_the_run(unet):
+    table, seen = schedule(), []
+    whole = denoise(unet, table, normals(1, 2, 4, 8, 8), progress=lambda i, t: seen.append((i, t)))
+    assert seen == list(enumerate(table.timesteps))
+    assert np.array_equal(whole, denoise(unet, table, normals(1, 2, 4, 8, 8)))
+    stopped = denoise(unet, table, normals(1, 2, 4, 8, 8), progress=lambda i, t: i == 1)
+    same = denoise(unet, table, normals(1, 2, 4, 8, 8), callback=lambda i, t: i == 1)
+    assert np.array_equal(stopped, same) and not np.array_equal(stopped, whole)
+    with pytest.raises(ZeroDivisionError):
+        denoise(unet, table, normals(1, 2, 4, 8, 8), progress=lambda i, t: 1 / 0)
+    for options in ({"progress": 3}, {"progress": print, "callback": print}):
+        with pytest.raises(TypeError, match="progress"):
+            denoise(unet, table, normals(1, 2, 4, 8, 8), **options)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_latents_that_are_not_finite_are_named_where_that_is_asked_for(unet, value):
+    table, noise = schedule("euler_a"), normals(4, 5, 2, 4, 8, 8)
+    noise[2, 1, 3, 7, 7] = value
+    latents = denoise(unet, table, normals(1, 2, 4, 8, 8), noise=noise)
+    assert not np.isfinite(latents).all()
+    rows = []
+    with pytest.raises(accel.NumericError, match="^unet: .* after step 3 of 5, timestep 49"):
+        denoise(unet, table, normals(1, 2, 4, 8, 8), noise=noise, check_finite=True,
+                progress=lambda i, t: rows.append(i))
+    assert rows == [0, 1]
+    finite = denoise(unet, table, normals(1, 2, 4, 8, 8), check_finite=True)
+    assert np.isfinite(finite).all()
+
+
 @pytest.mark.parametrize("what", ["noise", "registers"])
 def test_memory_of_another_shape_is_refused(unet, what):
     with pytest.raises(accel.ShapeError, match=what):
