@@ -62,6 +62,10 @@ ac_backend_cuda_load(const ac_backend **out)
     }
     memcpy(&fill, &symbol, sizeof fill); /* ISO C has no cast from object to function pointer */
     ac_status status = fill(AC_ABI, &host, &backend);
+    if (status == AC_OK && backend.abi != AC_ABI) { /* it did not look */
+        status = ac_error(AC_E_DEVICE, LIBRARY ": found ABI %u, expected %u; install both parts "
+                                               "of accel from one build", backend.abi, AC_ABI);
+    }
     if (status < 0) {
         dlclose(library);
         return status;
