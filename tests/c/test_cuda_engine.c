@@ -424,6 +424,32 @@ samplers_are_the_same_bits(void)
     ac_device_unref(device);
 }
 
+/* The sampler finds the row on the GPU, recorded or not, and the loop says it at the end. */
+static void
+latents_that_are_not_finite_are_named(void)
+{
+    ac_device *device = open_gpu();
+    if (!device) {
+        return;
+    }
+    rig_open(&there, "cuda", AC_F32);
+    for (int run = 0; run < 6; run++) {
+        float *bias = ac_weights_find(there.weights, "conv_out.bias")->data, kept = bias[1];
+        got = (request){.schedule = schedules[3], .guidance = 2.0, .finite = true};
+        CHECK_OK(denoise(&there, &got));
+        bias[1] = run % 2 ? NAN : INFINITY;
+        ac_weights_check(there.weights);
+        got.callback = run % 3 == 2 ? nothing : NULL;
+        CHECK_STATUS(denoise(&there, &got), AC_E_NUMERIC, "after step 1 of 6");
+        got.finite = false;
+        CHECK_OK(denoise(&there, &got));
+        bias[1] = kept;
+        ac_weights_check(there.weights);
+    }
+    rig_close(&there);
+    ac_device_unref(device);
+}
+
 /* ---- memory ---------------------------------------------------------------------------------- */
 
 static size_t
@@ -501,5 +527,6 @@ two_hundred_runs_leave_memory_flat(void)
 
 TEST_MAIN(TEST(callers_streams_are_followed), TEST(replays_are_the_same_bits),
           TEST(threads_run_at_once), TEST(a_second_gpu_gives_the_same_bits), TEST(loops_agree),
-          TEST(samplers_are_the_same_bits), TEST(too_large_a_size_is_refused),
+          TEST(samplers_are_the_same_bits),
+          TEST(latents_that_are_not_finite_are_named), TEST(too_large_a_size_is_refused),
           TEST(two_hundred_runs_leave_memory_flat))
