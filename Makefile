@@ -11,7 +11,7 @@ CSRC    := $(wildcard csrc/*.c csrc/models/*.c csrc/passes/*.c csrc/schedulers/*
 OBJ     := $(CSRC:%.c=$(B)/%.o)
 CTESTS  := $(patsubst tests/c/%.c,$(B)/tests/%,$(wildcard tests/c/test_*.c))
 
-.PHONY: FORCE help lib check-c cuda cuda-headers test-gpu test-gpu-python demo test test-install test-build test-run \
+.PHONY: FORCE help lib check-c cuda cuda-headers test-gpu gpu-extension demo test test-install test-build test-run \
         sanitize tsan oom fuzz san-extension clean
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -94,24 +94,17 @@ cuda-headers: $(PY) ## cuBLASLt's and cuDNN's headers into build/headers, from N
 	@cd build/headers && $(CURDIR)/$(PY) -c 'import glob, zipfile as z; [w.extractall(members=[n for n in w.namelist() if "/include/" in n]) for w in map(z.ZipFile, glob.glob("wheels/*.whl"))]'
 	@rm -rf build/headers/wheels
 
-GPU_TESTS := $(B)/tests/test_seam $(B)/tests/test_cuda $(B)/tests/test_kernels $(B)/tests/test_cuda_models $(B)/tests/test_cuda_engine \
-             $(B)/tests/test_cuda_tune
+GPU_TESTS := $(patsubst tests/c/%.c,$(B)/tests/%,$(wildcard tests/c/test_cuda*.c)) \
+             $(addprefix $(B)/tests/,test_seam test_kernels test_fused test_fused_random)
 
-test-gpu: ## the checks that need a GPU; installs nothing
-	$(MAKE) --no-print-directory cuda $(GPU_TESTS)
-	$(B)/tests/test_seam | tee $(B)/test_seam.log
-	@grep -q "ran on cuda" $(B)/test_seam.log || { echo "test-gpu: nothing ran on a GPU"; exit 1; }
-	$(B)/tests/test_cuda
-	$(B)/tests/test_cuda_models
-	$(B)/tests/test_cuda_engine
-	$(B)/tests/test_cuda_tune
-	for dtype in f32 f16 bf16; do $(B)/tests/test_kernels --backend cuda --dtype $$dtype || exit 1; done
-	ACCEL_FORCE_ARCH=75 $(B)/tests/test_kernels --backend cuda --dtype f16
-	$(MAKE) --no-print-directory test-gpu-python
+# RECORD: the file of the record; ONLY: parts by a regex; SECONDS: stops what runs longer.
+test-gpu: ## the checks that need a GPU, and their record; installs nothing
+	$(MAKE) --no-print-directory -j$(shell nproc) cuda gpu-extension $(GPU_TESTS)
+	$(PYTHON) tools/gpu_test.py $(if $(RECORD),--record "$(RECORD)") $(if $(ONLY),--only "$(ONLY)") \
+	    $(if $(SECONDS),--seconds $(SECONDS))
 
-test-gpu-python: ## of these, what compares with PyTorch and diffusers
-	ACCEL_CUDA_ARCHS=$(ACCEL_CUDA_ARCHS) $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=python$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -q -s -p no:cacheprovider tests/gpu
+gpu-extension:
+	ACCEL_CUDA_ARCHS=none $(PYTHON) setup.py -q build_ext --inplace
 
 # ---- a picture, and the tests, from a fresh clone -------------------------------------------------
 

@@ -21,6 +21,7 @@ and never fell back.  The record is written after each row, so that what is stop
 import argparse
 import contextlib
 import copy
+import ctypes
 import datetime
 import gc
 import json
@@ -570,6 +571,11 @@ def versions():
              "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")}
     if not TINY:
         found |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
+        with contextlib.suppress(OSError, AttributeError):  # the one that PyTorch has loaded
+            torch.ones(16, 16, device="cuda").matmul(torch.ones(16, 16, device="cuda"))
+            names = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()
+                     if "libcublasLt.so" in line]
+            found["cublaslt"] = ctypes.CDLL(names[0]).cublasLtGetVersion() if names else None
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True)
         found["driver"] = driver.stdout.strip().splitlines()[0] if driver.stdout else ""
@@ -606,6 +612,8 @@ def main():
     import torch
 
     torch.set_grad_enabled(False)
+    torch.backends.cudnn.allow_tf32 = False  # the truth is without
+    torch.backends.cuda.matmul.allow_tf32 = False
     if args.memory_of:
         print(json.dumps(memory_of(*args.memory_of)))
         return

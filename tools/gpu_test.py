@@ -1,0 +1,341 @@
+#!/usr/bin/env python3
+"""Run everything of `make test-gpu` that was built, side by side, and write its record.
+
+    python tools/gpu_test.py [--only REGEX] [--record FILE] [--seconds LIMIT] [--jobs N] [--list]
+
+Parts are C tests under build/c/tests, files of tests/gpu, and compute-sanitizer over our own
+kernels; most run beside each other, those that look at the memory of the whole GPU alone, at the
+end.  Every part runs, whatever failed before; logs go to build/test-gpu.  The last lines say what
+failed, and so does the exit status.
+
+The record (benchmarks/records/<date>-<gpu>-test.json, with --only build/test-gpu/record.json) has
+versions, each part and test with its outcome and its seconds, kernel runs, and all figures that
+the tests measured.
+
+Installs nothing; where compute-sanitizer is missing, its parts fail.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "build" / "test-gpu"
+CTESTS = ROOT / "build" / "c" / "tests"
+NO_TESTS = 5  # pytest's status when a filter left none
+RAN = "ran on cuda"
+DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+# What sm_75 has: no bfloat16.
+ARCH75 = "float16 and not bfloat16 and (sd15 or (512 and not 512-) or clip_l or shipped)"
+
+
+@dataclass
+class Part:
+    """One command, its log, and what became of it."""
+
+    name: str
+    command: list
+    limit: int = 240  # seconds
+    alone: bool = False
+    wants: str = ""  # text that its log must have
+    environment: dict = field(default_factory=dict)
+    outcome: str = "not reached"
+    seconds: float = 0.0
+    process: subprocess.Popen = None
+    began: float = 0.0
+
+    @property
+    def log(self):
+        return OUT / f"{self.name}.log"
+
+    @property
+    def figures(self):
+        return OUT / f"{self.name}.jsonl"
+
+    def start(self):
+        self.began = time.monotonic()
+        environment = os.environ | self.environment | {"ACCEL_TEST_FIGURES": str(self.figures)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [str(c) for c in self.command], cwd=ROOT, env=environment, stdout=log,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def stop(self):
+        """Ends the process and its children."""
+        for how in (signal.SIGINT, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, how)
+                self.process.wait(10)
+                break
+            except (ProcessLookupError, PermissionError):
+                break
+            except subprocess.TimeoutExpired:
+                continue
+
+    def over(self, deadline):
+        """Whether it has ended, or was made to."""
+        self.seconds = round(time.monotonic() - self.began, 1)
+        status = self.process.poll()
+        if status is None:
+            if self.seconds < self.limit and time.monotonic() < deadline:
+                return False
+            self.stop()
+            self.outcome = f"stopped after {self.seconds:.0f} s"
+        elif status == NO_TESTS and "pytest" in self.command:
+            self.outcome = "no tests"
+        elif status:
+            self.outcome = f"failed, status {status}"
+        elif any(x["kind"] == "TEST" and "no GPU" in x["why"] for x in self.lines()):
+            self.outcome = "failed, no GPU was found"
+        elif self.wants not in self.log.read_text(errors="replace"):
+            self.outcome = f"failed, its log lacks '{self.wants}'"
+        else:
+            self.outcome = "passed"
+        return True
+
+    @property
+    def good(self):
+        return self.outcome in ("passed", "no tests")
+
+    def lines(self):
+        """What its tests wrote for the record."""
+        if not self.figures.exists():
+            return []
+        return [json.loads(line) for line in self.figures.read_text().splitlines()]
+
+
+# ---- the parts -----------------------------------------------------------------------------------
+
+
+def c_parts():
+    """C programs; what takes nearly all memory, or measures it, runs alone."""
+    yield Part("c_seam", [CTESTS / "test_seam"], 60, wants=RAN)
+    for path in sorted((ROOT / "tests" / "c").glob("test_cuda*.c")):
+        name = path.stem
+        beside = name in ("test_cuda_models", "test_cuda_tune")
+        yield Part(f"c{name[4:]}", [CTESTS / name], 150, not beside,
+                   "float16" if name == "test_cuda_models" else RAN)
+    cuda = {"ACCEL_TEST_DEVICE": "cuda"}
+    yield Part("c_fused", [CTESTS / "test_fused"], 120, wants=RAN, environment=cuda)
+    yield Part("c_fused_random", [CTESTS / "test_fused_random"], 180,
+               environment=cuda | {"ACCEL_TUNE": "off"})
+    arch = {"ACCEL_FORCE_ARCH": "75"}
+    yield Part("c_models_75", [CTESTS / "test_cuda_models"], 120, wants="float16", environment=arch)
+
+
+def kernel_parts():
+    """Every kernel against the plain reference, all families, shapes of the models too."""
+    kernels = [CTESTS / "test_kernels", "--backend", "cuda", "--keep-going", "--dtype"]
+    for dtype in DTYPES:
+        yield Part(f"kernels_{dtype}", [*kernels, dtype, "--all", "--op", "-conv2d"])
+        yield Part(f"kernels_{dtype}_conv2d", [*kernels, dtype, "--all", "--op", "conv2d"])
+    for dtype in ("f16", "f32"):
+        yield Part(f"kernels_{dtype}_75", [*kernels, dtype], environment={"ACCEL_FORCE_ARCH": "75"})
+
+
+def sanitizer_parts():
+    """Our own kernels at small shapes; a sanitizer is a hundred times slower."""
+    beside_nvcc = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc").parent
+    tool = shutil.which("compute-sanitizer") or beside_nvcc / "compute-sanitizer"
+    quick = [CTESTS / "test_kernels", "--backend", "cuda", "--keep-going", "--quick"]
+    sampler = [CTESTS / "test_cuda_engine", "samplers"]
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--print-limit", "20", "--error-exitcode", "9"]
+        yield Part(f"{check}_sampler", [*command, *sampler], wants=RAN)
+        for dtype in DTYPES:
+            one = [*command, *quick, "--dtype", dtype]
+            if check == "memcheck":
+                yield Part(f"{check}_{dtype}", one)
+                continue
+            slow = ("linear", "conv2d,up_conv2d", "attention")
+            for op in (*slow, "-" + ",".join(slow)):
+                name = op.split(",")[0] if op[0] != "-" else "others"
+                yield Part(f"{check}_{dtype}_{name}", [*one, "--flops", "1e6", "--op", op])
+
+
+def python_parts():
+    """Files of tests/gpu, the long ones in pieces."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tb=short",
+              "-W", "ignore"]
+    folder = ROOT / "tests" / "gpu"
+    pieces = {"test_gpu_unet": {"sizes": "sizes", "batches": "batches or long", "": None},
+              "test_gpu_pictures": {"sdxl": "sdxl", "": None},
+              "test_gpu_vae": {"sizes": "sizes", "": None}}
+    for path in sorted(folder.glob("test_*.py")):
+        splits = pieces.get(path.stem, {"": None})
+        for suffix, chosen in splits.items():
+            others = [f"({c})" for c in splits.values() if c]
+            chosen = chosen or (others and f"not ({' or '.join(others)})")
+            yield Part("_".join(filter(None, (path.stem[5:], suffix))),
+                       [*pytest, path, "-m", "not alone", *(["-k", chosen] if chosen else [])],
+                       300, alone="errors" in path.stem)  # they take all memory
+    arch = {"ACCEL_FORCE_ARCH": "75"}
+    yield Part("gpu_75", [*pytest, *(folder / f"test_gpu_{n}.py" for n in
+                                     ("unet", "vae", "clip", "pictures")), "-k", ARCH75],
+               environment=arch)
+    yield Part("compile_75", [*pytest, folder / "test_compile_cuda.py", "-m", "not alone", "-k",
+                              "float32 or alike or changes or prompts"], environment=arch)
+    yield Part("alone", [*pytest, folder, "-m", "alone"], 300, alone=True)
+
+
+def all_parts():
+    return [*python_parts(), *kernel_parts(), *sanitizer_parts(), *c_parts()]
+
+
+# ---- running them --------------------------------------------------------------------------------
+
+
+def finish(part):
+    tests = [x for x in part.lines() if x["kind"] == "TEST"]
+    counts = {o: sum(t["outcome"] == o for t in tests) for o in ("passed", "failed", "skipped")}
+    said = ", ".join(f"{n} {o}" for o, n in counts.items() if n)
+    last = [x.strip() for x in part.log.read_text(errors="replace").splitlines() if x.strip()][-1:]
+    said = said or "".join(last)[:90]
+    print(f"{part.seconds:6.1f} s  {part.name:24} {part.outcome}: {said}", flush=True)
+
+
+def run(parts, jobs, deadline):
+    """All parts, `jobs` at once, then those that want to be alone; none is begun past deadline."""
+    running = []
+    waiting = [p for p in parts if not p.alone] + [p for p in parts if p.alone]
+    try:
+        while waiting or running:
+            for part in [p for p in running if p.over(deadline)]:
+                running.remove(part)
+                finish(part)
+            late = time.monotonic() >= deadline
+            while waiting and not late and len(running) < (1 if waiting[0].alone else jobs):
+                waiting[0].start()
+                running.append(waiting.pop(0))
+            if late and not running:
+                break
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    finally:
+        for part in running:
+            part.stop()
+            part.outcome = "stopped"
+
+
+# ---- the record ----------------------------------------------------------------------------------
+
+
+def versions():
+    """Those of benchmarks/gpu.py, from a process of its own."""
+    code = "import gpu, json; print(json.dumps(gpu.versions()))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", text=True,
+                            capture_output=True)
+    if result.returncode:
+        return {"date": time.strftime("%Y-%m-%dT%H:%M+00:00", time.gmtime()),
+                "failed": result.stderr[-300:]}
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def kernel_runs(parts):
+    """{part: how many kernel runs were compared}."""
+    found = {}
+    for part in parts:
+        if part.name.startswith(("kernels_", "memcheck_", "racecheck_")) and part.log.exists():
+            counts = re.findall(r"(\d+) kernel runs checked", part.log.read_text(errors="replace"))
+            if counts:
+                found[part.name] = int(counts[-1])
+    return found
+
+
+def record_of(parts, seconds):
+    lines = [line | {"part": part.name} for part in parts for line in part.lines()]
+    tests = [x for x in lines if x["kind"] == "TEST"]
+    runs = kernel_runs(parts)
+    record = {"versions": versions(), "passed": all(p.good for p in parts), "seconds": seconds,
+              "parts": [{"name": p.name, "outcome": p.outcome, "seconds": p.seconds}
+                        for p in parts],
+              "kernel_runs": {
+                  "against the reference": sum(n for k, n in runs.items() if k[0] == "k"),
+                  "under memcheck": sum(n for k, n in runs.items() if k[0] == "m"),
+                  "under racecheck": sum(n for k, n in runs.items() if k[0] == "r")} | runs,
+              "tests": {o: sum(t["outcome"] == o for t in tests)
+                        for o in ("passed", "failed", "skipped")}}
+    for outcome in ("failed", "skipped"):
+        record[outcome] = {t["what"]: t["why"] for t in tests if t["outcome"] == outcome}
+    for kind in ("PARITY", "PICTURES", "MEMORY", "REBIND"):
+        record[kind.lower()] = [{k: v for k, v in x.items() if k != "kind"}
+                                for x in lines if x["kind"] == kind]
+    others = {"TEST", "PARITY", "PICTURES", "MEMORY", "REBIND"}
+    record["other figures"] = [x for x in lines if x["kind"] not in others]
+    record["test_seconds"] = {t["what"]: t["seconds"] for t in tests}
+    return record
+
+
+def summary(parts, record):
+    """Prints what failed, with the end of its log."""
+    for part in parts:
+        if part.good:
+            continue
+        print(f"\n== {part.name}: {part.outcome}; {part.log.relative_to(ROOT)}")
+        if part.log.exists():
+            text = part.log.read_text(errors="replace").splitlines()
+            bad = [i for i, x in enumerate(text) if "FAILED" in x or x.startswith("E  ")]
+            for i in bad[:12]:
+                print("  " + "\n  ".join(x[:200] for x in text[i : i + 2]))
+            if not bad:
+                print("  " + "\n  ".join(x[:200] for x in text[-6:]))
+    skipped = sorted(set(record["skipped"].values()))
+    failed = [p.name for p in parts if not p.good]
+    print(f"\n{record['tests']['passed']} tests passed, {record['tests']['failed']} failed, "
+          f"{record['tests']['skipped']} skipped{f' ({skipped})' if skipped else ''}; "
+          f"{record['kernel_runs']['against the reference']} kernel runs compared; "
+          f"{record['seconds']:.0f} s")
+    print(f"failed: {', '.join(failed)}" if failed else "test-gpu: all passed")
+
+
+def path_of(record, only):
+    if only:
+        return OUT / "record.json"
+    gpu = record["versions"].get("gpu", "none").replace("NVIDIA ", "").split()[0].lower()
+    return ROOT / "benchmarks" / "records" / f"{record['versions']['date'][:10]}-{gpu}-test.json"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", default="", help="parts whose name this regex finds")
+    parser.add_argument("--record", type=Path, help="where to write it")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop what runs longer")
+    parser.add_argument("--jobs", type=int, default=max(2, min(10, (os.cpu_count() or 2) * 5 // 8)))
+    parser.add_argument("--list", action="store_true", help="print the parts")
+    args = parser.parse_args()
+    parts = [p for p in all_parts() if re.search(args.only, p.name)]
+    if args.list:
+        for part in parts:
+            print(part.name, "(alone)" * part.alone, *part.command)
+        return 0
+    if not parts:
+        parser.error(f"found no part for '{args.only}'; --list prints them")
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir(parents=True)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+                   "PYTHONPATH": os.pathsep.join(filter(None, (
+                       str(ROOT / "python"), os.environ.get("PYTHONPATH"))))}
+    os.environ.setdefault("OMP_NUM_THREADS", "4")  # several processes share the cores
+    os.environ.setdefault("ACCEL_CACHE", str(OUT / "cache"))
+    start = time.monotonic()
+    run(parts, args.jobs, start + args.seconds)
+    record = record_of(parts, round(time.monotonic() - start, 1))
+    path = args.record or path_of(record, args.only)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    summary(parts, record)
+    print(f"record: {path}")
+    return 0 if record["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
