@@ -97,11 +97,11 @@ cuda-headers: $(PY) ## cuBLASLt's and cuDNN's headers into build/headers, from N
 GPU_TESTS := $(patsubst tests/c/%.c,$(B)/tests/%,$(wildcard tests/c/test_cuda*.c)) \
              $(addprefix $(B)/tests/,test_seam test_kernels test_fused test_fused_random)
 
-# RECORD: the file of the record; ONLY: parts by a regex; SECONDS: stops what runs longer.
+# RECORD: the file of the record; ONLY: parts by a regex; LIMIT: seconds, stops what runs longer.
 test-gpu: ## the checks that need a GPU, and their record; installs nothing
 	$(MAKE) --no-print-directory -j$(shell nproc) cuda gpu-extension $(GPU_TESTS)
 	$(PYTHON) tools/gpu_test.py $(if $(RECORD),--record "$(RECORD)") $(if $(ONLY),--only "$(ONLY)") \
-	    $(if $(SECONDS),--seconds $(SECONDS))
+	    $(if $(LIMIT),--seconds $(LIMIT))
 
 gpu-extension:
 	ACCEL_CUDA_ARCHS=none $(PYTHON) setup.py -q build_ext --inplace

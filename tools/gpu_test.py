@@ -34,7 +34,7 @@ NO_TESTS = 5  # pytest's status when a filter left none
 RAN = "ran on cuda"
 DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 # What sm_75 has: no bfloat16.
-ARCH75 = "float16 and not bfloat16 and (sd15 or (512 and not 512-) or clip_l or shipped)"
+ARCH75 = "float16 and not bfloat16 and (sd15 or 512 or clip_l or shipped)"
 
 
 @dataclass
