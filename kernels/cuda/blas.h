@@ -33,12 +33,12 @@ typedef struct ac_blas_call {
     float factor;
 } ac_blas_call;
 
-/* What cublaslt_linear.c chose for a whole layer: the library's products, or our kernel. */
+/* What cublaslt_linear.c chose for a whole layer. */
 typedef struct ac_blas_layer {
     ac_blas_key key;
     int64_t k2;
     int32_t gated, act;
-    int32_t own; /* bool */
+    int32_t way; /* cublaslt_linear.c's */
     int32_t pad;
 } ac_blas_layer;
 
@@ -56,6 +56,8 @@ bool ac_blas_found(void);
 ac_status ac_blas_open(ac_cuda_libraries *libraries);
 /* Everything is in units of 16 bytes.  AC_E_UNSUPPORTED: the library has no algorithm. */
 ac_status ac_blas_multiply(const ac_blas_call *call, const ac_blas_key *key);
+/* Of a product's w, from its first byte to its last. */
+size_t ac_blas_weight_bytes(const ac_blas_key *key);
 /* A key as text, for tune.c; returns its length. */
 int ac_blas_key_text(char *text, size_t size, const char *what, const ac_blas_key *key);
 

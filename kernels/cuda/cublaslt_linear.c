@@ -2,9 +2,11 @@
  *
  *     gated       [value|gate] = x w^T + b into scratch, some rows at a time; then the gate
  *     activation  the product, then the activation in place
- *     x2          x1 w1^T + b + residual, then + x2 w2^T
+ *     x2          x1 w1^T + b + residual, then + x2 w2^T; or one product of [x1|x2] in scratch
  *
- * For f16 and bf16 tune.c picks between this and gemm_mma.cu, which does it all in one kernel. */
+ * tune.c picks between these: the fewer rows at a time, the more of [value|gate] is still in the
+ * cache when the gate reads it.  For f16 and bf16 gemm_mma.cu, which does it all in one kernel, is
+ * another way. */
 #include "blas.h"
 #include "gemm.h"
 #include "list.h"
@@ -14,7 +16,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#define GATED_BYTES ((size_t)96 << 20) /* of [value|gate] in scratch at once */
+#define SCRATCH_BYTES ((size_t)96 << 20) /* of [value|gate] or [x1|x2] at once */
+#define CACHED_BYTES ((int64_t)8 << 20) /* of [value|gate]: less stays in any cache */
 #define ELEMENTS INT32_MAX /* of one operand: beyond it some kernels count wrong */
 
 /* A LINEAR, its rows at one distance, columns side by side. */
@@ -31,17 +34,19 @@ at(int64_t elements, int32_t dtype)
     return (size_t)elements * ac_dtype_size((ac_dtype)dtype);
 }
 
-/* How many rows at a time: no operand too large for the library, nor [value|gate] for scratch. */
+/* How many rows at a time: no operand too large for the library, nor [value|gate] or [x1|x2] for
+ * scratch. */
 static int64_t
-rows_at_once(const ac_gemm *g, const ac_blas_key *k)
+rows_at_once(const ac_gemm *g, const ac_blas_key *k, int32_t least_parts)
 {
     int64_t widest = AC_MAX(AC_MAX(k->x_row, k->out_row), AC_MAX(k->residual_row, 2 * k->n));
     int64_t most = AC_MAX(ELEMENTS / AC_MAX(widest, g->x[1].w), 1);
-    if (g->gated) {
-        most = AC_MIN(most, (int64_t)(GATED_BYTES / at(2 * k->n, k->dtype)));
+    if (g->gated || g->channels[1] > 0) {
+        int64_t row = g->gated ? 2 * k->n : k->k + g->channels[1];
+        most = AC_MIN(most, (int64_t)(SCRATCH_BYTES / at(row, k->dtype)));
     }
     most = AC_MAX(most / 128 * 128, 128);
-    int64_t parts = (k->m + most - 1) / most;
+    int64_t parts = AC_MAX((k->m + most - 1) / most, least_parts);
     return (((k->m + parts - 1) / parts) + 127) / 128 * 128; /* even parts */
 }
 
@@ -65,8 +70,24 @@ multiply_gated(job *j, ac_blas_key key, int64_t rows, const char *x, char *out)
     return ac_cuda_gate_rows(c.lane, &r);
 }
 
+/* [x1|x2] of these rows, behind the library's workspace. */
 static ac_status
-multiply_rows(job *j, int64_t first, int64_t rows)
+join_rows(const job *j, int64_t first, int64_t rows)
+{
+    const ac_gemm *g = &j->g;
+    int32_t dtype = j->key.dtype;
+    ac_join_rows r = {.to = j->scratch + AC_BLAS_WORKSPACE, .rows = rows,
+                      .dtype = (ac_dtype)dtype};
+    for (int i = 0; i < 2; i++) {
+        r.from[i] = (const char *)g->x[i].data + at(first * g->x[i].w, dtype);
+        r.from_row[i] = g->x[i].w;
+        r.columns[i] = g->channels[i];
+    }
+    return ac_cuda_join_rows(j->call.lane, &r);
+}
+
+static ac_status
+multiply_rows(job *j, int64_t first, int64_t rows, bool joined)
 {
     const ac_gemm *g = &j->g;
     ac_blas_key key = j->key;
@@ -85,8 +106,14 @@ multiply_rows(job *j, int64_t first, int64_t rows)
     if (key.residual) {
         c.residual = (const char *)g->residual.data + at(first * key.residual_row, dtype);
     }
+    if (joined) {
+        key.k += g->channels[1];
+        key.x_row = key.k;
+        c.x = j->scratch + AC_BLAS_WORKSPACE;
+        AC_TRY(join_rows(j, first, rows));
+    }
     AC_TRY(ac_blas_multiply(&c, &key));
-    if (g->channels[1] > 0) {
+    if (g->channels[1] > 0 && !joined) {
         key.k = g->channels[1];
         key.x_row = g->x[1].w;
         key.bias = 0;
@@ -106,7 +133,10 @@ multiply_rows(job *j, int64_t first, int64_t rows)
     return AC_OK;
 }
 
-enum { LIBRARY, OWN };
+enum { LIBRARY, OWN, HALVES, QUARTERS, JOINED, WAYS };
+
+static const char *const way_names[] = {"library", "own", "library in 2", "library in 4",
+                                        "library, joined"};
 
 static ac_status
 run_own(ac_lane *lane, const ac_gemm *g)
@@ -116,24 +146,55 @@ run_own(ac_lane *lane, const ac_gemm *g)
 }
 
 static ac_status
-run_layer(void *context, int32_t way)
+run_layer(job *j, int32_t way)
 {
-    job *j = context;
     if (way == OWN) {
         return run_own(j->call.lane, &j->g);
     }
-    int64_t step = rows_at_once(&j->g, &j->key);
+    int64_t step = rows_at_once(&j->g, &j->key, way == HALVES ? 2 : way == QUARTERS ? 4 : 1);
     for (int64_t first = 0; first < j->key.m; first += step) {
-        AC_TRY(multiply_rows(j, first, AC_MIN(step, j->key.m - first)));
+        AC_TRY(multiply_rows(j, first, AC_MIN(step, j->key.m - first), way == JOINED));
     }
     return AC_OK;
 }
 
+/* Those worth measuring for a job. */
+typedef struct choice {
+    job *j;
+    int32_t way[WAYS], count;
+} choice;
+
 static void
-name_layer(const void *context, int32_t way, char name[AC_TUNE_WAY])
+list_layer(choice *c)
 {
-    (void)context;
-    snprintf(name, AC_TUNE_WAY, "%s", way == OWN ? "own" : "library");
+    const job *j = c->j;
+    int64_t both = j->g.gated ? (int64_t)at(2 * j->key.m * j->key.n, j->key.dtype) : 0;
+    c->way[c->count++] = LIBRARY;
+    if (j->key.dtype != AC_F32) { /* where the plain kernel is no match */
+        c->way[c->count++] = OWN;
+    }
+    if (both > CACHED_BYTES && j->key.m >= 1024) {
+        c->way[c->count++] = HALVES;
+    }
+    if (both > 2 * CACHED_BYTES && j->key.m >= 2048) {
+        c->way[c->count++] = QUARTERS;
+    }
+    if (j->g.channels[1] > 0) {
+        c->way[c->count++] = JOINED;
+    }
+}
+
+static ac_status
+run_choice(void *context, int32_t i)
+{
+    const choice *c = context;
+    return run_layer(c->j, c->way[i]);
+}
+
+static void
+name_choice(const void *context, int32_t i, char name[AC_TUNE_WAY])
+{
+    snprintf(name, AC_TUNE_WAY, "%s", way_names[((const choice *)context)->way[i]]);
 }
 
 static ac_status
@@ -145,9 +206,18 @@ choose_layer(job *j, ac_blas_layer *l)
         snprintf(text + used, sizeof text - (size_t)used, " k2 %lld gated %d act %d",
                  (long long)l->k2, (int)l->gated, (int)l->act);
     }
-    bool own = j->key.dtype != AC_F32; /* the plain kernel is no match */
-    ac_tune_ways ways = {text, own ? 2 : 1, j, name_layer, run_layer};
-    return ac_tune_choose(j->call.lane, j->call.libraries, &ways, &l->own);
+    choice c = {.j = j};
+    list_layer(&c);
+    ac_blas_key w = j->key; /* of the whole weight */
+    w.n *= j->g.gated ? 2 : 1;
+    w.k += l->k2;
+    ac_tune_ways ways = {.key = text, .count = c.count, .context = &c, .name = name_choice,
+                         .run = run_choice, .weight = {&j->g.weight},
+                         .weight_bytes = ac_blas_weight_bytes(&w)};
+    int32_t best;
+    AC_TRY(ac_tune_choose(j->call.lane, j->call.libraries, &ways, &best));
+    l->way = c.way[best];
+    return AC_OK;
 }
 
 static ac_status
@@ -156,20 +226,22 @@ run_job(job *j)
     ac_cuda_blas *blas = j->call.libraries->blas;
     ac_blas_layer l = {.key = j->key, .k2 = j->g.channels[1], .gated = j->g.gated, .act = j->g.act};
     for (int32_t i = 0; i < blas->n_layers; i++) {
-        l.own = blas->layers[i].own;
+        l.way = blas->layers[i].way;
         if (memcmp(&l, &blas->layers[i], sizeof l) == 0) {
-            return run_layer(j, l.own);
+            return run_layer(j, l.way);
         }
     }
-    l.own = LIBRARY;
-    AC_TRY(choose_layer(j, &l));
-    ac_status status = run_layer(j, l.own);
-    if (status == AC_OK && l.k2 > 0) { /* the second product was measured on top of the first */
-        status = run_layer(j, l.own);
+    ac_status status = choose_layer(j, &l);
+    if (status == AC_OK) {
+        status = run_layer(j, l.way);
+    }
+    if (status == AC_OK && l.way == LIBRARY && l.k2 > 0) { /* the second product was measured on
+                                                            * top of the first */
+        status = run_layer(j, l.way);
     }
     if (status == AC_E_UNSUPPORTED) { /* the library has no algorithm */
-        l.own = OWN;
-        status = run_layer(j, l.own);
+        l.way = OWN;
+        status = run_layer(j, l.way);
     }
     AC_TRY(status);
     AC_TRY(ac_cuda_heap_grow((void **)&blas->layers, blas->n_layers, &blas->layers_capacity,
@@ -242,8 +314,9 @@ scratch_bytes(const ac_problem *p, const ac_caps *caps)
     (void)caps;
     ac_gemm_of(p, &g);
     key_of(&g, p->tf32, &key);
-    int64_t rows = AC_MIN(rows_at_once(&g, &key), key.m);
-    return AC_BLAS_WORKSPACE + (g.gated ? at(2 * rows * key.n, key.dtype) : 0);
+    int64_t rows = AC_MIN(rows_at_once(&g, &key, 1), key.m);
+    int64_t row = g.gated ? 2 * key.n : g.channels[1] > 0 ? key.k + g.channels[1] : 0;
+    return AC_BLAS_WORKSPACE + at(rows * row, key.dtype);
 }
 
 static bool

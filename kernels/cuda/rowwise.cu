@@ -104,3 +104,30 @@ ac_cuda_gate_rows(ac_lane *lane, const ac_rowwise *r)
 {
     return launch_dtype(lane, r, true);
 }
+
+/* ---- two side by side ------------------------------------------------------------------------ */
+
+/* Counts and distances of 16 bytes. */
+__global__ static void __launch_bounds__(AC_THREADS)
+join_kernel(uint4 *to, const uint4 *a, const uint4 *b, uint32_t a_row, uint32_t b_row,
+            uint32_t a_count, uint32_t row, uint32_t count)
+{
+    uint32_t i = blockIdx.x * AC_THREADS + threadIdx.x;
+    if (i < count) {
+        uint32_t line = i / row, at = i - line * row;
+        bool first = at < a_count;
+        to[i] = first ? a[(size_t)line * a_row + at] : b[(size_t)line * b_row + at - a_count];
+    }
+}
+
+ac_status
+ac_cuda_join_rows(ac_lane *lane, const ac_join_rows *r)
+{
+    int64_t unit = 16 / (int64_t)ac_dtype_size(r->dtype);
+    uint32_t a = (uint32_t)(r->columns[0] / unit), row = a + (uint32_t)(r->columns[1] / unit);
+    uint32_t count = (uint32_t)r->rows * row;
+    return ac_cuda_launch(lane, "join", join_kernel, dim3((unsigned)ac_ceil_div(count, AC_THREADS)),
+                          AC_THREADS, 0, (uint4 *)r->to, (const uint4 *)r->from[0],
+                          (const uint4 *)r->from[1], (uint32_t)(r->from_row[0] / unit),
+                          (uint32_t)(r->from_row[1] / unit), a, row, count);
+}

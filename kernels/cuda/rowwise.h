@@ -23,6 +23,17 @@ bool ac_rowwise_fits(const ac_rowwise *r);
 ac_status ac_cuda_act_rows(ac_lane *lane, const ac_rowwise *r);  /* act(x) */
 ac_status ac_cuda_gate_rows(ac_lane *lane, const ac_rowwise *r); /* value act(gate) */
 
+/* to [rows, columns[0] + columns[1]] = rows of both side by side.  Everything is in units of 16
+ * bytes. */
+typedef struct ac_join_rows {
+    void *to;
+    const void *from[2];
+    ac_dtype dtype;
+    int64_t rows, columns[2], from_row[2];
+} ac_join_rows;
+
+ac_status ac_cuda_join_rows(ac_lane *lane, const ac_join_rows *join);
+
 #ifdef __cplusplus
 }
 #endif

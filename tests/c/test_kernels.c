@@ -9,6 +9,7 @@
  *                  [--kernel text]  those whose name has it
  *                  [--keep-going]  to the next case after a mismatch
  *                  [--dtype f32|f16|bf16]  of operands and results (GPU)
+ *                  [--tf32]     products of f32 may be TF32 (GPU)
  *
  * Small problems are compared in every element, large ones in 4,096 random elements and the
  * corners.  CPU kernels run with 1 and with 3 threads, and both results must agree to the bit;
@@ -26,7 +27,7 @@ typedef struct options {
     uint64_t seed;
     double flops; /* most, for quick */
     ac_dtype dtype;
-    bool bench, all, quick, keep_going;
+    bool bench, all, quick, keep_going, tf32;
 } options;
 
 /* One case made concrete: operands on the host, the result and what it should be. */
@@ -313,7 +314,7 @@ agrees(const setup *s, const ac_kernel *kernel, const char *isa, const char *res
         most = fmax(most, fabs(s->expected[i]));
         squares += s->expected[i] * s->expected[i];
     }
-    double rounding = rounding_of(out->dtype);
+    double rounding = s->problem.tf32 ? 1.5e-3 : rounding_of(out->dtype); /* of factors, then */
     if (s->c->op == AC_OP_ATTENTION) {
         rounding *= 2.0; /* the exponents are rounded too, before they meet v */
     }
@@ -442,6 +443,13 @@ check_setup(const ac_backend *backend, void *self, const ac_caps *caps, const se
 }
 
 static bool
+is_product(ac_op op)
+{
+    return op == AC_OP_LINEAR || op == AC_OP_CONV2D || op == AC_OP_UP_CONV2D ||
+           op == AC_OP_ATTENTION;
+}
+
+static bool
 check_case_families(const ac_backend *backend, void *self, const ac_caps *caps,
                     const check_case *c, const options *o, int64_t *checks)
 {
@@ -459,6 +467,7 @@ check_case_families(const ac_backend *backend, void *self, const ac_caps *caps,
         }
         setup s = {.c = c, .family = (family)f, .seed = o->seed + (uint64_t)f};
         setup_operands(&s);
+        s.problem.tf32 = o->tf32 && is_product(c->op);
         setup_expected(&s);
         bool right = check_setup(backend, self, caps, &s, o, checks);
         setup_free(&s);
@@ -484,6 +493,8 @@ parse_options(int argc, char **argv)
             o.quick = true;
         } else if (strcmp(argv[i], "--keep-going") == 0) {
             o.keep_going = true;
+        } else if (strcmp(argv[i], "--tf32") == 0) {
+            o.tf32 = true;
         } else if (strcmp(argv[i], "--dtype") == 0) {
             o.dtype = strcmp(value, "bf16") == 0  ? AC_BF16
                       : strcmp(value, "f16") == 0 ? AC_F16
