@@ -50,7 +50,7 @@ CUDA_ARCHS       := $(or $(strip $(subst ;, ,$(subst .,,$(ACCEL_CUDA_ARCHS)))),$
 GENCODE          := $(foreach a,$(CUDA_ARCHS:+PTX=),-gencode arch=compute_$(a),code=sm_$(a)) \
                     $(foreach a,$(patsubst %+PTX,%,$(filter %+PTX,$(CUDA_ARCHS))),-gencode arch=compute_$(a:a=),code=compute_$(a:a=))
 CUDA_INCLUDES    := $(if $(NVCC_PATH),$(dir $(realpath $(NVCC_PATH)))../include /usr/local/cuda/include /usr/include \
-                      $(wildcard build/headers/nvidia/*/include $(or $(VENV),.venv)/lib/python3*/site-packages/nvidia/*/include) \
+                      $(wildcard build/headers/nvidia/*/include $(SITE)/nvidia/*/include $(or $(VENV),.venv)/lib/python3*/site-packages/nvidia/*/include) \
                       $(shell python3 -c 'import glob, nvidia; [print(f) for p in nvidia.__path__ for f in glob.glob(p + "/*/include")]' 2>/dev/null))
 cuda_header       = $(if $(NVCC_PATH),$(firstword $(foreach d,$(2) $(CUDA_INCLUDES),$(wildcard $(d)/$(1)))))
 CUBLAS_HEADER    := $(call cuda_header,cublasLt.h,$(CUBLAS_INCLUDE))
@@ -63,9 +63,10 @@ CUDA_OBJ         := $(patsubst %.cu,$(B)/%.cu.o,$(wildcard kernels/cuda/*.cu)) \
 CUDA_HOST_FLAGS  := -fPIC,-fvisibility=hidden
 
 # What objects were built for: another list builds them anew.
+CUDA_BUILT       := $(CUDA_ARCHS) $(filter -D%,$(CUDA_FLAGS))
 $(B)/cuda/archs: FORCE
 	@mkdir -p $(@D)
-	@echo '$(CUDA_ARCHS) $(CUDA_FLAGS)' | cmp -s - $@ || echo '$(CUDA_ARCHS) $(CUDA_FLAGS)' > $@
+	@echo '$(CUDA_BUILT)' | cmp -s - $@ || echo '$(CUDA_BUILT)' > $@
 FORCE:
 
 $(B)/%.cu.o: %.cu $(B)/cuda/archs $(wildcard kernels/cuda/*.cuh kernels/cuda/*.h) csrc/base.h csrc/tensor.h csrc/ops.h csrc/ops.def csrc/kernel.h csrc/device.h csrc/sampler.h

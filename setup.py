@@ -8,6 +8,7 @@ extension keeps to the stable ABI: one build serves every Python from 3.11 on.
 import os
 import shutil
 import subprocess
+import sysconfig
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,7 +50,10 @@ def build_cuda(folder):
         print(f"accel: skipped the GPU part: no {'make' if nvcc else 'nvcc'} was found")
     else:
         target = str(Path(folder).resolve() / "libaccel_cuda.so")
-        subprocess.run([make, f"NVCC={nvcc}", f"CUDA_SO={target}", target], cwd=ROOT, check=True)
+        # NVIDIA's headers may lie beside the user's PyTorch, which pip's isolation does not see.
+        site = sysconfig.get_path("purelib")
+        subprocess.run([make, f"-j{os.cpu_count() or 1}", f"NVCC={nvcc}", f"SITE={site}",
+                        f"CUDA_SO={target}", target], cwd=ROOT, check=True)
 
 
 def newer(source, target, also):
