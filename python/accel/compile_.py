@@ -211,6 +211,10 @@ def compile(x, *, passes_off=""):  # the name is the point
     ------
     UnsupportedError
         For a class that is not supported, or a field or value of its config, by name.
+
+    Calls raise what the original does for arguments that it refuses too; OutOfMemory, when PyTorch
+    has given back what it keeps for later and the plan still does not fit, with its size and what
+    is free; DeviceError when the GPU is lost, with the same message at every later call.
     """
     if _is_module(x):
         if not _is_supported(x):
@@ -252,7 +256,10 @@ def _each(x, what):
 
 
 def decompile(x):
-    """Undoes compile; returns x, a plain module or pipeline with its own parameters."""
+    """Undoes compile; returns x, a plain module or pipeline with its own parameters.
+
+    Raises InvalidArgument for what accel.compile did not return.
+    """
     if _is_module(x) and native_of(x) is None:
         return x
     for module in _each(x, "decompile").values():
@@ -265,7 +272,10 @@ def decompile(x):
 
 
 def refresh(x):
-    """Makes everything anew at the next call: for changes that no check can see. Returns x."""
+    """Makes everything anew at the next call: for changes that no check can see. Returns x.
+
+    Raises InvalidArgument for what accel.compile did not return.
+    """
     for module in _each(x, "refresh").values():
         native_of(module).release()
     return x

@@ -199,8 +199,14 @@ class Component:
         For a class, config field or value that is not supported, by name.
     WeightsError
         With all unknown, missing and wrongly shaped weights in one message.
+    DTypeError
+        For a `dtype` or weights that are none of these three.
     DeviceError
         When there is no such device, saying what is missing, or for tensors on another one.
+
+    Calls raise DTypeError, ShapeError, DeviceError and InvalidArgument with the input by name;
+    OutOfMemory with the plan's size and what is free, and nothing of the call stays allocated; and
+    DeviceError when a GPU is lost, with the same message at every later call.
     """
 
     _classes = ()

@@ -105,6 +105,8 @@ class Pipeline:
         ------
         FileError, FormatError, WeightsError, UnsupportedError
             With the file, the weight or the config field by name.
+        DTypeError
+            For a `dtype` that is none of these three.
         DeviceError
             When there is no such device, saying what is missing.
         """
@@ -198,8 +200,12 @@ class Pipeline:
 
         Raises
         ------
-        InvalidArgument, ShapeError, UnsupportedError
-            Naming the argument.
+        InvalidArgument, DTypeError, ShapeError, DeviceError, UnsupportedError
+            Naming the argument; DeviceError also when a GPU is lost, at every later call.
+        OutOfMemory
+            With the plan's size and what is free; nothing of the call stays allocated.
+        Cancelled
+            By `cancel`.
         NumericError
             The model gives NaN or infinity: which network, and at which step.
         """

@@ -85,6 +85,11 @@ def report(x):
         derived_bytes, missed (sentences: libraries that the device lacks). For a pipeline:
         "components" {name: such a dict} and "loop": "native" for an accel.Pipeline; for a
         compiled one {"native": loops, "stock": {reason: loops}}.
+
+    Raises
+    ------
+    InvalidArgument
+        For what accel.compile did not return.
     """
     if isinstance(x, Component):
         return Report(entry_of(type(x).__name__, x._model, x._weights, device=x.device))
@@ -121,6 +126,13 @@ def explain(x, *, json=False, passes=False, profile=False, repeats=0, peaks=None
     args
         Sizes: batch, height, width (latent pixels; for the VAE's entry="encode" image pixels),
         tokens, timesteps, entry. What is not given comes from the last call, or from the config.
+
+    Raises
+    ------
+    InvalidArgument
+        For what accel.compile did not return, and a size of no sense, by name.
+    UnsupportedError
+        When no kernel of the device can do a step, by its name.
     """
     if isinstance(x, Pipeline):
         x = x.unet

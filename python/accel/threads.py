@@ -11,7 +11,7 @@ _chosen = "ACCEL_THREADS" in os.environ
 def set_num_threads(n):
     """Sets the number of threads of the CPU backend; 0 goes back to the default.
 
-    Results do not depend on it.
+    Results do not depend on it.  Raises InvalidArgument for what is no number of threads.
     """
     global _chosen
     _core.set_num_threads(n)
