@@ -252,3 +252,45 @@ ac_device_trim(ac_device *device)
     }
     ac_unlock(&lock);
 }
+
+/* ---- for what is no run ---------------------------------------------------------------------- */
+
+ac_status
+ac_device_order(ac_device *device, ac_stream before, ac_stream after)
+{
+    const ac_backend *backend = device->backend;
+    ac_device_lane *lane;
+    if (!backend->lane_follow || before.handle == after.handle) {
+        return AC_OK;
+    }
+    AC_TRY(ac_device_lane_take(device, NULL, &lane));
+    ac_status status = backend->lane_follow(device->self, lane->lane, before);
+    if (status == AC_OK) {
+        status = backend->lane_mark(device->self, lane->lane);
+    }
+    if (status == AC_OK) {
+        status = backend->lane_follow(device->self, lane->lane, after); /* waits for the mark */
+    }
+    ac_device_lane_give(device, lane);
+    return status;
+}
+
+ac_status
+ac_device_read(ac_device *device, ac_stream stream, void *to, const void *from, size_t bytes)
+{
+    const ac_backend *backend = device->backend;
+    ac_device_lane *lane;
+    AC_TRY(ac_device_lane_take(device, NULL, &lane));
+    ac_status status = AC_OK;
+    if (backend->lane_follow) {
+        status = backend->lane_follow(device->self, lane->lane, stream);
+    }
+    if (status == AC_OK) {
+        status = backend->download(device->self, lane->lane, to, from, bytes);
+    }
+    if (status == AC_OK) {
+        status = backend->sync(device->self, lane->lane);
+    }
+    ac_device_lane_give(device, lane);
+    return status;
+}

@@ -126,6 +126,12 @@ void ac_device_lane_shrink(ac_device *device, ac_device_lane *lane);
 /* Frees the arenas of all lanes that nobody has taken (offload). */
 void ac_device_trim(ac_device *device);
 
+/* What is queued in stream `after` from now on comes after all that is in stream `before` now. */
+ac_status ac_device_order(ac_device *device, ac_stream before, ac_stream after);
+/* Device memory to the host, after all that is in the stream now; waits for it. */
+ac_status ac_device_read(ac_device *device, ac_stream stream, void *to, const void *from,
+                         size_t bytes);
+
 /* The backends that are linked in. */
 extern const ac_backend ac_backend_cpu, ac_backend_null;
 

@@ -64,8 +64,9 @@ int ac_py_view_import_any(ac_py_state *state, PyObject *object, const char *what
 void ac_py_view_release(ac_py_view *view); /* with the GIL; twice is fine */
 
 int ac_py_add_tensor(PyObject *module);
-/* __dlpack__ of a Tensor object, and what its deleter needs. */
-PyObject *ac_py_export_dlpack(PyObject *owner, const ac_tensor *tensor, bool versioned);
+/* __dlpack__ of a Tensor object, and what its deleter needs; gpu: of that number, -1: the host. */
+PyObject *ac_py_export_dlpack(PyObject *owner, const ac_tensor *tensor, int32_t gpu,
+                              bool versioned);
 
 /* ---- weights.c ------------------------------------------------------------------------------- */
 

@@ -1,5 +1,4 @@
-/* tensor: views of tensors that Python objects own, and the Tensor object that accel returns where
- * NumPy has no dtype (bfloat16).
+/* tensor: views of tensors that Python objects own, and DLPack capsules of our own.
  *
  * A view comes through __dlpack__ (PyTorch, NumPy, JAX, CuPy) or, where that refuses (read-only
  * arrays of old NumPy, memoryviews), through the buffer protocol.  Whoever passes the object keeps
@@ -405,7 +404,7 @@ dtype_to_dl(ac_dtype dtype)
 }
 
 PyObject *
-ac_py_export_dlpack(PyObject *owner, const ac_tensor *tensor, bool versioned)
+ac_py_export_dlpack(PyObject *owner, const ac_tensor *tensor, int32_t gpu, bool versioned)
 {
     exported *e = PyMem_Calloc(1, sizeof *e);
     if (!e) {
@@ -413,9 +412,9 @@ ac_py_export_dlpack(PyObject *owner, const ac_tensor *tensor, bool versioned)
     }
     memcpy(e->shape, tensor->shape.dim, sizeof e->shape);
     memcpy(e->stride, tensor->stride, sizeof e->stride);
-    DLTensor dl = {.data = tensor->data, .device = {.device_type = DL_CPU},
-                   .ndim = tensor->shape.rank, .dtype = dtype_to_dl(tensor->dtype),
-                   .shape = e->shape, .strides = e->stride};
+    DLTensor dl = {.data = tensor->data, .ndim = tensor->shape.rank,
+                   .device = {gpu < 0 ? DL_CPU : DL_CUDA, gpu < 0 ? 0 : gpu},
+                   .dtype = dtype_to_dl(tensor->dtype), .shape = e->shape, .strides = e->stride};
     e->owner = Py_NewRef(owner);
     e->legacy = (DLManagedTensor){.dl_tensor = dl, .manager_ctx = e, .deleter = delete_legacy};
     e->versioned = (DLManagedTensorVersioned){.version = {DL_MAJOR, 0}, .manager_ctx = e,

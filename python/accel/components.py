@@ -2,11 +2,14 @@
 
 Each takes what diffusers' and transformers' folders hold (config.json and safetensors), or a config
 and a dict of tensors.  Inputs may be NumPy arrays or any DLPack producers in host memory, or on the
-GPU that computes.  Results are NumPy arrays; a bfloat16 result is an `accel.Tensor`, because NumPy
-has no such dtype.
+GPU that computes.  Results are where the first input is.  In host memory they are NumPy arrays; a
+bfloat16 one is an `accel.Tensor`, because NumPy has no such dtype.  On a GPU they are Tensors for
+DLPack (`torch.from_dlpack`, `cupy.from_dlpack`), and nobody has waited for them; `np.asarray` waits
+and copies.
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,8 +59,10 @@ def tensor_shape(x, what, rank):
     return shape
 
 
-def empty(shape, dtype):
+def empty(shape, dtype, device="cpu"):
     """A new contiguous array for a result."""
+    if device != "cpu":
+        return _core.Tensor(shape, dtype, device)
     return _core.Tensor(shape, dtype) if dtype == "bfloat16" else np.empty(shape, dtype)
 
 
@@ -88,10 +93,14 @@ def _copy(x, dtype):
 
 
 def to_numpy(x):
-    """`x` as a NumPy array; bfloat16 becomes float32."""
+    """`x` as a NumPy array; bfloat16 becomes float32.  Waits for a tensor on a GPU."""
     if isinstance(x, np.ndarray):
         return x
-    if isinstance(x, _core.Tensor) or array_dtype(x) == "bfloat16":
+    if _place(x)[0] == _CUDA:
+        copy = _core.Tensor(tuple(x.shape), array_dtype(x))
+        copy.fill(_InOrder(x))
+        x = copy
+    if array_dtype(x) == "bfloat16":
         return np.asarray(cast(x, "float32"))
     return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
 
@@ -100,6 +109,7 @@ def to_numpy(x):
 
 
 _HOST = (1, 3)  # DLPack's device types of host memory, pageable and pinned
+_PINNED, _CUDA = 3, 2
 
 
 def _place(x):
@@ -121,6 +131,11 @@ class _InOrder:
         return self.x.__dlpack__(**(options | {"stream": 1}))  # the legacy default stream
 
 
+def _pageable(x):
+    """A GPU reads pinned memory when it comes to it, and the caller may be elsewhere by then."""
+    return _copy(x, array_dtype(x)) if _place(x)[0] == _PINNED else x
+
+
 def check_place(x, what, device):
     """True for a tensor on the GPU that is `device`, False for one in host memory; another one is
     a DeviceError."""
@@ -128,9 +143,9 @@ def check_place(x, what, device):
     if kind in _HOST:
         return False
     name, _, number = device.partition(":")
-    if name == "cuda" and (kind, index) == (2, int(number or 0)):
+    if name == "cuda" and (kind, index) == (_CUDA, int(number or 0)):
         return True
-    found = f"cuda:{index}" if kind == 2 else f"DLPack's device type {kind}"
+    found = f"cuda:{index}" if kind == _CUDA else f"DLPack's device type {kind}"
     wanted = f" or on {name}:{number or 0}" if name == "cuda" else ""
     raise DeviceError(f"{what}: found a tensor on {found}, expected one in host memory{wanted}")
 
@@ -296,22 +311,28 @@ class Component:
                              f"{', '.join(FLOATS)}; or give dtype=")
         return dtype
 
-    def _run(self, args, inputs, wanted=None):
-        """Runs for these args into new arrays; returns {output name: array}."""
+    def _run(self, args, inputs, wanted=None, on_gpu=None):
+        """Runs for these args into new arrays; returns {output name: array}.
+
+        on_gpu : whether results stay on the GPU; None: as the first input is.
+        """
         args = {"compute": self.compute} | args
-        on_gpu = [check_place(x, name, self.device) for name, x in inputs.items()]
+        here = {name: check_place(x, name, self.device) for name, x in inputs.items()}
+        if on_gpu is None:
+            on_gpu = next(iter(here.values()))
         stream = None
-        if any(on_gpu):
-            inputs = {n: _InOrder(x) if here else x
-                      for (n, x), here in zip(inputs.items(), on_gpu, strict=True)}
-            stream = 0
+        if on_gpu or any(here.values()):
+            inputs = {n: _InOrder(x) if here[n] else _pageable(x) for n, x in inputs.items()}
+            stream = 0  # the legacy default stream
         key = tuple(sorted(args.items()))
         io = self._io_cache.get(key)
         if io is None:
             if len(self._io_cache) > 64:
                 self._io_cache.clear()
             io = self._io_cache[key] = self._model.io(args)
-        outputs = {name: empty(shape, dtype) for name, shape, dtype, is_output in io if is_output}
+        place = self.device if on_gpu else "cpu"
+        outputs = {name: empty(shape, dtype, place)
+                   for name, shape, dtype, is_output in io if is_output}
         self._model.run(args, inputs, outputs, stream=stream)
         return outputs if wanted is None else outputs[wanted]
 
@@ -329,15 +350,17 @@ class UNet(Component):
         Parameters
         ----------
         sample : [b, c, h, w] float
-        timestep : a number, or an array of 1 or b of them
+        timestep : a number, or an array of 1 or b of them; one on a GPU is waited for
         encoder_hidden_states : [b, tokens, d] float
         text_embeds : [b, d], time_ids : [b, 6 or 5], for SDXL
         encoder_attention_mask : [b, tokens] of 1 (see) and 0 (hide), optional
 
         Returns
         -------
-        array [b, c_out, h, w] of the sample's dtype
+        array [b, c_out, h, w] of the sample's dtype, on the GPU where the sample is there
         """
+        for what, x in (("timestep", timestep), ("encoder_attention_mask", encoder_attention_mask)):
+            check_place(x, what, self.device)
         batch, _, height, width = tensor_shape(sample, "sample", 4)
         tokens = tensor_shape(encoder_hidden_states, "encoder_hidden_states", 3)[1]
         dtype = self._io_dtype(sample, "sample")
@@ -384,12 +407,27 @@ def sample_size(config, default=64):
     return tuple(pair)
 
 
-@dataclass
 class Posterior:
-    """A diagonal Gaussian over latents, as `VAE.encode` returns it; float32 [b, c, h, w]."""
+    """A diagonal Gaussian over latents, as `VAE.encode` returns it; float32 [b, c, h, w].
 
-    mean: np.ndarray
-    logvar: np.ndarray
+    `moments` [b, 2c, h, w] is what the network gave, where it gave it; the rest is NumPy, and waits
+    for a GPU when it is first asked for.
+    """
+
+    def __init__(self, moments):
+        self.moments = moments
+
+    @functools.cached_property
+    def _parts(self):
+        return np.split(np.asarray(self.moments, np.float32), 2, axis=1)
+
+    @property
+    def mean(self):
+        return self._parts[0]
+
+    @functools.cached_property
+    def logvar(self):
+        return np.clip(self._parts[1], -30.0, 20.0)
 
     @property
     def std(self):
@@ -416,12 +454,11 @@ class VAE(Component):
         dtype = self._io_dtype(image, "image")
         args = {"entry": "encode", "batch": batch, "height": height, "width": width,
                 "io_dtype": dtype}
-        moments = np.asarray(self._run(args, {"sample": cast(image, dtype)}, "moments"), np.float32)
-        mean, logvar = np.split(moments, 2, axis=1)
-        return Posterior(mean, np.clip(logvar, -30.0, 20.0))
+        return Posterior(self._run(args, {"sample": cast(image, dtype)}, "moments"))
 
     def decode(self, latents):
-        """latents [b, c, h, w] (not scaled) -> image [b, 3, 8h, 8w], about -1 .. 1."""
+        """latents [b, c, h, w] (not scaled) -> image [b, 3, 8h, 8w], about -1 .. 1, where they
+        are."""
         batch, _, height, width = tensor_shape(latents, "latents", 4)
         dtype = self._io_dtype(latents, "latents")
         args = {"entry": "decode", "batch": batch, "height": height, "width": width,
@@ -469,12 +506,15 @@ class TextEncoder(Component):
     _stem = "model"
 
     def __call__(self, input_ids, attention_mask=None, *, hidden_states=False, clip_skip=0):
-        """Encodes token ids [b, tokens] of any integer dtype; returns a TextOutput.
+        """Encodes token ids [b, tokens] of any integer dtype; returns a TextOutput, its tensors
+        where the ids are.  Ids on a GPU are waited for.
 
         attention_mask : [b, tokens] of 1 (see) and 0 (hide), optional
         clip_skip : k > 0 adds the final layer norm of hidden_states[-(k + 1)]
         """
         batch, tokens = tensor_shape(input_ids, "input_ids", 2)
+        on_gpu = check_place(input_ids, "input_ids", self.device)
+        check_place(attention_mask, "attention_mask", self.device)
         ids = to_numpy(input_ids)
         if ids.dtype.kind not in "iu":
             raise DTypeError(f"input_ids: found {ids.dtype}, expected integers")
@@ -487,7 +527,7 @@ class TextEncoder(Component):
             seen = to_numpy(attention_mask) != 0
             inputs["attention_mask"] = np.where(seen, 0.0, np.finfo(np.float32).min).astype(
                 np.float32)
-        out = self._run(args, inputs)
+        out = self._run(args, inputs, on_gpu=on_gpu)
         states = [out[f"hidden_states.{i}"] for i in range(len(out))
                   if f"hidden_states.{i}" in out]
         return TextOutput(out.get("last_hidden_state"),

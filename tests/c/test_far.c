@@ -179,6 +179,35 @@ latents_that_are_not_finite_are_an_error(void)
     close_both();
 }
 
+/* ---- what is no run -------------------------------------------------------------------------- */
+
+/* A consumer's stream waits for a producer's, and only where the two differ. */
+static void
+streams_are_ordered_and_read(void)
+{
+    ac_stream producer = {.given = true}, consumer = {true, (void *)(uintptr_t)7};
+    float there_too[4] = {1, 2, 3, 4}, here[4] = {0};
+    ac_device *device;
+    void *memory;
+    ac_device_add_backend(&far_backend);
+    CHECK_OK(ac_device_open("far", &device));
+    CHECK_OK(device->backend->alloc(device->self, sizeof here, &memory));
+    memcpy(memory, there_too, sizeof here);
+    start_count();
+    CHECK_OK(ac_device_order(device, producer, producer));
+    CHECK_INT(far.waits, 0);
+    CHECK_OK(ac_device_order(device, producer, consumer));
+    CHECK_INT(far.waits, 1);
+    CHECK_OK(ac_device_read(device, consumer, here, memory, sizeof here));
+    CHECK(memcmp(here, there_too, sizeof here) == 0);
+    CHECK_INT(far.syncs, 1);
+    CHECK_INT(far.downloads, 1);
+    CHECK(device->lanes && !device->lanes->next && !device->lanes->busy);
+    device->backend->free(device->self, memory);
+    ac_device_unref(device);
+    CHECK_INT(far.live, 0);
+}
+
 /* ---- recording ------------------------------------------------------------------------------- */
 
 static void
@@ -315,7 +344,7 @@ strided_inputs_are_packed(void)
 
 TEST_MAIN(TEST(loops_agree_with_the_cpu), TEST(callbacks_see_and_change_latents),
           TEST(rows_follow_each_other), TEST(a_poll_ends_the_run),
-          TEST(latents_that_are_not_finite_are_an_error),
+          TEST(latents_that_are_not_finite_are_an_error), TEST(streams_are_ordered_and_read),
           TEST(a_device_that_cannot_record_launches), TEST(recording_is_switched_off),
           TEST(changed_weights_are_read), TEST(calls_agree_wherever_operands_are),
           TEST(strided_inputs_are_packed))

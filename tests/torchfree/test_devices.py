@@ -68,6 +68,29 @@ def test_the_loop_takes_host_tensors_on_the_cpu(unet):
     assert unet.compute == "float32"
 
 
+def test_a_tensor_says_where_it_is():
+    t = accel.Tensor((2, 3), "bfloat16")
+    t.fill(np.arange(6, dtype=np.float32).reshape(2, 3))
+    assert t.device == "cpu" and t.__dlpack_device__() == (1, 0)
+    assert "dltensor_versioned" in repr(t.__dlpack__(max_version=(1, 0), dl_device=(1, 0)))
+    for options in ({"stream": 1}, {"copy": True}, {"dl_device": (2, 0)}):
+        with pytest.raises(BufferError):
+            t.__dlpack__(**options)
+    for device in ("null", "cpu:1", "nowhere"):
+        with pytest.raises(accel.AccelError, match="device"):
+            accel.Tensor((2,), "float32", device)
+    if not has_gpu():
+        with pytest.raises(accel.DeviceError, match="cuda"):
+            accel.Tensor((2,), "float32", "cuda")
+
+
+@pytest.mark.parametrize("what", ["timestep", "encoder_attention_mask"])
+def test_small_inputs_elsewhere(unet, what):
+    inputs = {"timestep": 1, what: There((2,) if what == "timestep" else (2, 5))}
+    with pytest.raises(accel.DeviceError, match=f"{what}: found a tensor on cuda:1"):
+        unet(SAMPLE, encoder_hidden_states=STATES, **inputs)
+
+
 @pytest.mark.parametrize("device", ["cpu0", "gpu", "cuda:", "cuda:x", "cuda:-1", "", "cuda:9999"])
 def test_names(sd_folder, device):
     with pytest.raises(accel.AccelError, match="device|cuda"):
