@@ -37,12 +37,12 @@ ac_status ac_cuda_flash(ac_lane *lane, const ac_attention_job *job);
 size_t ac_attention_wide_scratch(const ac_attention_job *job);
 ac_status ac_cuda_attention_wide_run(ac_lane *lane, const ac_attention_job *job, void *scratch);
 
-/* out [rows, columns] = gain softmax(factor scores); columns a multiple of 8. */
+/* out [rows, columns] = gain softmax(factor scores); columns a multiple of 4. */
 enum { AC_SOFTMAX_COLUMNS = 16384 };
 typedef struct ac_softmax {
     const float *scores;
-    void *out;
-    ac_dtype dtype; /* f16 or bf16 */
+    void *out;      /* f32: may be the scores */
+    ac_dtype dtype; /* f16, bf16 or f32 */
     int64_t rows, columns;
     float factor, gain;
 } ac_softmax;

@@ -21,6 +21,9 @@ typedef struct ac_blas_key {
     int32_t bias, residual; /* bool */
     int32_t w_by_k;    /* bool: w is [k, n], not [n, k] */
     int32_t tf32;      /* bool: f32 factors may be rounded to TF32 */
+    int32_t batch;     /* products of this size at once; 0 is 1 */
+    int32_t pad;
+    int64_t x_batch, w_batch, out_batch; /* from one to the next, elements; no bias, no residual */
 } ac_blas_key;
 
 typedef struct ac_blas_call {
@@ -31,6 +34,7 @@ typedef struct ac_blas_call {
     void *out;
     void *workspace; /* AC_BLAS_WORKSPACE */
     float factor;
+    bool w_varies; /* no weight of the network: measured as it lies */
 } ac_blas_call;
 
 /* What cublaslt_linear.c chose for a whole layer. */

@@ -32,7 +32,8 @@ enum { ALGORITHMS = 16 };
     X(MatmulPreferenceDestroy)                                                                     \
     X(MatmulPreferenceSetAttribute)                                                                \
     X(MatrixLayoutCreate)                                                                          \
-    X(MatrixLayoutDestroy)
+    X(MatrixLayoutDestroy)                                                                         \
+    X(MatrixLayoutSetAttribute)
 
 static struct library {
     bool found;
@@ -165,6 +166,15 @@ cuda_type(int32_t dtype)
 }
 
 static ac_status
+set_batch(cublasLtMatrixLayout_t layout, int32_t batch, int64_t stride)
+{
+    LT(MatrixLayoutSetAttribute, layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch);
+    LT(MatrixLayoutSetAttribute, layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride,
+       sizeof stride);
+    return AC_OK;
+}
+
+static ac_status
 describe(product *p)
 {
     const ac_blas_key *k = &p->key;
@@ -182,6 +192,12 @@ describe(product *p)
     LT(MatrixLayoutCreate, &p->out, out_type, (uint64_t)k->n, (uint64_t)k->m, k->out_row);
     LT(MatrixLayoutCreate, &p->c, out_type, (uint64_t)k->n, (uint64_t)k->m,
        k->residual ? k->residual_row : k->out_row);
+    if (k->batch > 1) {
+        AC_TRY(set_batch(p->w, k->batch, k->w_batch));
+        AC_TRY(set_batch(p->x, k->batch, k->x_batch));
+        AC_TRY(set_batch(p->out, k->batch, k->out_batch));
+        AC_TRY(set_batch(p->c, k->batch, k->out_batch));
+    }
     return AC_OK;
 }
 
@@ -289,13 +305,18 @@ ac_blas_weight_bytes(const ac_blas_key *k)
 int
 ac_blas_key_text(char *text, size_t size, const char *what, const ac_blas_key *k)
 {
-    return snprintf(text, size,
-                    "cublasLt %zu %s %s%s%s m%lld n%lld k%lld rows %lld %lld%s %lld %lld b%d",
-                    lt.GetVersion(), what, ac_dtype_name((ac_dtype)k->dtype),
-                    k->out_dtype == k->dtype ? "" : " to float32", k->tf32 ? " tf32" : "",
-                    (long long)k->m, (long long)k->n, (long long)k->k, (long long)k->x_row,
-                    (long long)k->w_row, k->w_by_k ? "k" : "", (long long)k->out_row,
-                    (long long)k->residual_row, (int)k->bias);
+    int used = snprintf(text, size,
+                        "cublasLt %zu %s %s%s%s m%lld n%lld k%lld rows %lld %lld%s %lld %lld b%d",
+                        lt.GetVersion(), what, ac_dtype_name((ac_dtype)k->dtype),
+                        k->out_dtype == k->dtype ? "" : " to float32", k->tf32 ? " tf32" : "",
+                        (long long)k->m, (long long)k->n, (long long)k->k, (long long)k->x_row,
+                        (long long)k->w_row, k->w_by_k ? "k" : "", (long long)k->out_row,
+                        (long long)k->residual_row, (int)k->bias);
+    if (k->batch > 1 && used > 0 && used < (int)size) {
+        used += snprintf(text + used, size - (size_t)used, " x%d %lld %lld %lld", (int)k->batch,
+                         (long long)k->x_batch, (long long)k->w_batch, (long long)k->out_batch);
+    }
+    return used;
 }
 
 static ac_status
@@ -308,7 +329,7 @@ choose_product(const trial *t)
     ac_blas_key_text(text, sizeof text, "product", key);
     ac_tune_ways ways = {.key = text, .count = t->p->count, .context = &measured,
                          .name = name_algorithm, .run = run_product, .weight = {&call.weight},
-                         .weight_bytes = ac_blas_weight_bytes(key)};
+                         .weight_bytes = call.w_varies ? 0 : ac_blas_weight_bytes(key)};
     return ac_tune_choose(call.lane, call.libraries, &ways, &t->p->chosen);
 }
 

@@ -1,4 +1,4 @@
-/* softmax: rows of f32 scores to f16 or bf16 shares, times a gain.
+/* softmax: rows of f32 scores to shares in f16, bf16 or f32 (in place, too), times a gain.
  *
  * A block takes a row and keeps it in registers, so each score is read once.  Shares of 16384 keys
  * would be subnormal in f16: the gain lifts them, and the product that follows takes it back.
@@ -42,9 +42,10 @@ softmax_rows_kernel(ac_softmax s)
     for (int i = 0; i < FOURS; i++) {
         int64_t at = ((int64_t)i * AC_THREADS + threadIdx.x) * 4;
         if (at < s.columns) {
-            alignas(8) T four[4] = {(T)(v[i][0] * share), (T)(v[i][1] * share),
-                                    (T)(v[i][2] * share), (T)(v[i][3] * share)};
-            *(uint2 *)(out + at) = *(const uint2 *)four;
+            using vector = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
+            alignas(16) T four[4] = {(T)(v[i][0] * share), (T)(v[i][1] * share),
+                                     (T)(v[i][2] * share), (T)(v[i][3] * share)};
+            *(vector *)(out + at) = *(const vector *)four;
         }
     }
 }
@@ -67,6 +68,7 @@ ac_cuda_softmax(ac_lane *lane, const ac_softmax *s)
 {
     ac_softmax scaled = *s;
     scaled.factor *= 1.4426950408889634f; /* powers of two */
-    return s->dtype == AC_F16 ? launch<__half>(lane, &scaled)
-                              : launch<__nv_bfloat16>(lane, &scaled);
+    return s->dtype == AC_F32   ? launch<float>(lane, &scaled)
+           : s->dtype == AC_F16 ? launch<__half>(lane, &scaled)
+                                : launch<__nv_bfloat16>(lane, &scaled);
 }
