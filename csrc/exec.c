@@ -117,6 +117,25 @@ ac_exec_set_prompt(ac_exec *e, uint64_t token)
     e->prompt = token;
 }
 
+static size_t
+derived_bytes(const ac_exec *e)
+{
+    size_t bytes = 0;
+    for (int32_t i = 0; i < e->plan->n_derived; i++) {
+        bytes += e->plan->derived[i].bytes;
+    }
+    return bytes;
+}
+
+/* `message` says what was asked for and what is free. */
+static ac_status
+out_of_memory(const ac_exec *e, const char *message)
+{
+    return ac_error(AC_E_MEMORY, "%s; this plan takes %zu bytes for activations, %zu between runs "
+                                 "and %zu for derived weights", message, e->plan->arena_bytes,
+                    e->plan->keep_bytes + e->slot_bytes, derived_bytes(e));
+}
+
 ac_status
 ac_exec_memory(ac_exec *e, size_t bytes, void **out)
 {
@@ -124,7 +143,13 @@ ac_exec_memory(ac_exec *e, size_t bytes, void **out)
     if (bytes > e->extra_bytes) {
         release(e, &e->extra);
         e->extra_bytes = 0;
-        AC_TRY(device->backend->alloc(device->self, bytes, &e->extra));
+        ac_status status = device->backend->alloc(device->self, bytes, &e->extra);
+        if (status == AC_E_MEMORY) {
+            char message[1024];
+            snprintf(message, sizeof message, "%s", ac_error_message());
+            return out_of_memory(e, message);
+        }
+        AC_TRY(status);
         e->extra_bytes = bytes;
     }
     *out = e->extra;
@@ -321,16 +346,6 @@ run_on(ac_exec *e, ac_device_lane *lane, const ac_run *run)
     return AC_OK;
 }
 
-static size_t
-derived_bytes(const ac_exec *e)
-{
-    size_t bytes = 0;
-    for (int32_t i = 0; i < e->plan->n_derived; i++) {
-        bytes += e->plan->derived[i].bytes;
-    }
-    return bytes;
-}
-
 /* The run's place among other work: after the exec's last run, in the order of the stream. */
 static ac_status
 enter_lane(ac_exec *e, ac_device_lane *lane, ac_stream stream)
@@ -353,7 +368,6 @@ static ac_status
 leave_failed(ac_exec *e, ac_device_lane *lane, ac_status status)
 {
     ac_device *device = e->plan->device;
-    const ac_plan *plan = e->plan;
     char message[1024];
     snprintf(message, sizeof message, "%s", ac_error_message());
     if (!ac_exec_on_host(e)) {
@@ -365,9 +379,7 @@ leave_failed(ac_exec *e, ac_device_lane *lane, ac_status status)
     if (status == AC_E_MEMORY) {
         release_all(e);
         ac_device_lane_shrink(device, lane);
-        return ac_error(status, "%s; this plan takes %zu bytes for activations, %zu between runs "
-                                "and %zu for derived weights", message, plan->arena_bytes,
-                        plan->keep_bytes + e->slot_bytes, derived_bytes(e));
+        return out_of_memory(e, message);
     }
     return ac_error(status, "%s", message);
 }

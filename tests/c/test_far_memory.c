@@ -155,6 +155,7 @@ out_of_memory_leaves_nothing(void)
         failed++;
         CHECK_INT(status, AC_E_MEMORY);
         CHECK(strstr(ac_error_message(), "bytes were asked for"));
+        CHECK(strstr(ac_error_message(), "this plan takes "));
         CHECK_INT(far.live, 0);
         CHECK_INT(far.recordings, 0);
         if (nth % 7 == 0) {
