@@ -9,6 +9,7 @@ become views of that memory, until decompile().
 """
 
 import functools
+import inspect
 import sys
 import weakref
 
@@ -19,6 +20,11 @@ from .torch_native import Native, config_text, give_back
 
 MARK = "_accel"  # instance attribute that holds the Native of a compiled module
 PIPES = weakref.WeakKeyDictionary()  # pipeline -> torch_pipeline.PipeState
+# Methods that bring adapters, merge them into weights or take them away. Merging moves no pointer
+# and no version, and after the adapters went nothing else tells.
+VERBS = ("add_adapter", "delete_adapter", "delete_adapters", "disable_adapters", "disable_lora",
+         "enable_adapters", "enable_lora", "fuse_lora", "load_adapter", "load_attn_procs",
+         "load_lora_adapter", "set_adapter", "set_adapters", "unfuse_lora", "unload_lora")
 
 
 # ---- putting it on and off -----------------------------------------------------------------------
@@ -48,6 +54,28 @@ def _method(native, name, original):
     method.__signature__ = native.signatures[name]
     method._accel = native
     return method
+
+
+def _verb(native, original):
+    """What stands in front of one of VERBS: the module is examined anew after it."""
+
+    def verb(*args, **kwargs):
+        try:
+            return original(native.module(), *args, **kwargs)
+        finally:
+            native.stale = True
+
+    functools.update_wrapper(verb, original)
+    del verb.__wrapped__
+    signature = inspect.signature(original)
+    verb.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+    verb._accel = native
+    return verb
+
+
+def _verbs_of(native, state):
+    """Those of VERBS in a module's __dict__, or in a copy of that, that are ours."""
+    return [name for name in VERBS if getattr(state.get(name), "_accel", None) is native]
 
 
 def _apply_of(native, cls):
@@ -86,7 +114,8 @@ def _getstate_of(native):
 
     def __getstate__():
         state = dict(native.module().__dict__)
-        for key in (MARK, "_apply", "__getstate__", *native.calls.methods):
+        ours = _verbs_of(native, state)
+        for key in (MARK, "_apply", "__getstate__", *ours, *native.calls.methods):
             if key != "forward" or getattr(state.get(key), "_accel", None) is native:
                 state.pop(key, None)
         restore(state)
@@ -129,6 +158,9 @@ def _attach(module, passes_off):
     native = Native(module, calls, passes_off)
     for method in calls.methods:
         module.__dict__[_slot(module, method)] = _method(native, method, native.originals[method])
+    for name in VERBS:
+        if hasattr(type(module), name) and name not in module.__dict__:
+            module.__dict__[name] = _verb(native, getattr(type(module), name))
     module.__dict__["_apply"] = _apply_of(native, type(module))
     module.__dict__["__getstate__"] = _getstate_of(native)
     module.__dict__[MARK] = native
@@ -140,6 +172,8 @@ def _detach(module):
 
     native = module.__dict__.pop(MARK)
     restore(module.__dict__)
+    for key in _verbs_of(native, module.__dict__):
+        del module.__dict__[key]
     for key in [*native.calls.methods, "_old_forward"]:
         if getattr(module.__dict__.get(key), "_accel", None) is not native:
             continue

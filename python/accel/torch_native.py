@@ -74,6 +74,7 @@ class Native:
         self.text = None       # the config that `reference` was built from
         self.keys = {}         # config -> keys of the derived weights of a plan
         self.laid = set()      # the engine's names of parameters that torch_layout moved
+        self.stale = False     # an adapter's verb was called: weights may be others, see compile_
         self._forget()
 
     def _forget(self):
@@ -110,6 +111,11 @@ class Native:
         return "cpu" if place is None or place.type == "cpu" else f"cuda:{place.index}"
 
     @property
+    def by_value(self):
+        """Whether changes in place are found by comparing values; else by versions and verbs."""
+        return self.watch.device.type == "cpu"
+
+    @property
     def compute(self):
         """Dtype of activations: the module's on a GPU, float32 on the CPU."""
         name = str(self.watch.dtype).removeprefix("torch.")
@@ -129,18 +135,19 @@ class Native:
         """Examines and binds what changed; raises Fallback."""
         from .torch_watch import Fallback, Watch, reference
 
-        if self.watch is None or self.watch.changed(module):
+        if self.watch is None or self.stale or self.watch.changed(module):
+            self.stale = False
             text = config_text(module)
             if text != self.text:
                 self._forget()
                 self.text, self.reference = text, reference(module)
             watch = Watch(module, self.reference)
-            if watch.reason is None and self.model is not None:
+            known = watch.reason is None and self.model is not None
+            if known:
                 self._keep_bindings(watch)
-                if watch.device.type == "cuda" and self.weights is not None:
-                    self.weights.invalidate()  # fused adapters leave no other trace
-                    self.prompts.clear()
             self.watch = watch
+            if known and self.weights is not None and not self.by_value:
+                self._derive_again()  # merged adapters leave no other trace
         if self.watch.reason is not None:
             raise Fallback(self.watch.reason)
         if self.model is None:
@@ -172,6 +179,12 @@ class Native:
             watch.bound = [old[name] for name, _, _ in watch.parameters]
         else:
             self._unbind()
+
+    def _derive_again(self):
+        for p, copy, _ in self.copies.values():
+            copy.copy_(p)
+        self.weights.invalidate()
+        self.prompts.clear()
 
     def _bind_all(self):
         from .torch_watch import Fallback
@@ -224,7 +237,7 @@ class Native:
 
     def _check_sources(self):
         """In-place changes, which move no pointer; how many."""
-        if self.watch.device.type == "cuda":
+        if not self.by_value:
             return self._check_versions()
         changed = self.weights.check()
         for name, (p, copy, checksum) in self.copies.items():
@@ -304,7 +317,7 @@ class Native:
     def touched(self, module, model):
         """Whether somebody did something to the module since running() gave `model`."""
         with self.lock:
-            return (self.model is not model or self.watch.changed(module)
+            return (self.model is not model or self.stale or self.watch.changed(module)
                     or bool(self.watch.elsewhere()) or self._check_sources()
                     or self._prompt_weights_changed())
 
@@ -326,7 +339,7 @@ class Native:
 
         if not tensors:
             return 0
-        if tensors[0].is_cuda:
+        if not self.by_value:
             return self._token_of_objects(tensors)
         self._prompt_weights_changed()
         for kept, token in self.prompts:
@@ -354,7 +367,7 @@ class Native:
 
     def _prompt_weights_changed(self):
         """Whether weights that the prompt section reads in place changed, on the CPU."""
-        if self.watch.device.type == "cuda":
+        if not self.by_value:
             return False
         direct = self._prompt_weights()
         checksum = self.weights.checksum(direct) if direct else None
@@ -467,7 +480,7 @@ def with_room(device, run, again=lambda: True):
 
 def _version(p):
     """PyTorch's counter of in-place changes; inference tensors have none."""
-    return None if not p.is_cuda or p.is_inference() else p._version
+    return None if p.is_inference() else p._version
 
 
 def is_channels_last(p):

@@ -2,6 +2,7 @@
 that PyTorch sees is as it would be."""
 
 import copy
+import inspect
 
 import diffusers
 import pytest
@@ -11,6 +12,7 @@ from dropin import call, close, draw, inputs, loop_ran, module, pipeline, ran
 
 import accel
 from accel import torch_layout
+from accel.torch_native import Native
 
 
 @pytest.fixture(autouse=True)
@@ -197,21 +199,120 @@ def test_gradients_while_compiled():
         assert close(grads[1][name], g, 1e-4), name
 
 
-def test_lora(tmp_path):
+@pytest.fixture
+def _by_version(monkeypatch):
+    """Changes in place are looked for as on a GPU."""
+    monkeypatch.setattr(Native, "by_value", False)
+
+
+def adapt(m, kind="unet", **options):
     from peft import LoraConfig
 
+    names = {"unet": ["to_q", "to_k", "to_v", "conv", "conv1"],
+             "text_encoder": ["q_proj", "v_proj", "fc1"]}[kind]
+    torch.manual_seed(0)
+    m.add_adapter(LoraConfig(r=2, target_modules=names, init_lora_weights=False), **options)
+
+
+def merge(m):
+    m.fuse_lora()
+    m.unload_lora()
+
+
+@pytest.mark.usefixtures("_by_version")
+@pytest.mark.parametrize("which", ["sd", "sdxl"])
+def test_adapters_merged_and_gone_between_two_calls(which):
+    """Objects, addresses and versions are as before; only the adapters' verbs were seen."""
+    plain, fast = laid("unet", which)
+    a = again(plain, fast, "unet", which)
+    args, named = inputs("unet", which)
+    last = a
+    for step in (lambda m: (adapt(m), merge(m)), lambda m: (adapt(m, adapter_name="b"), merge(m))):
+        for m in (plain, fast):
+            step(m)
+        for _ in range(2):
+            with ran(fast, native=1):
+                b = call(fast, "unet", args, named)
+            assert close(b, call(plain, "unet", args, named))
+        assert not close(b, last, 1e-2)
+        last = b
+
+
+@pytest.mark.usefixtures("_by_version")
+def test_adapters_merged_into_copied_parameters():
+    plain, fast = module("unet"), module("unet")
+    weight = fast.mid_block.attentions[0].transformer_blocks[0].ff.net[2].weight
+    weight.data = weight.data.t().contiguous().t()
+    accel.compile(fast)
+    a = again(plain, fast)
+    assert accel.report(fast)["copied_bytes"] > 0
+    for m in (plain, fast):
+        adapt(m)
+        merge(m)
+    assert not close(again(plain, fast), a, 1e-2)
+
+
+@pytest.mark.usefixtures("_by_version")
+def test_adapters_merged_and_gone_through_a_text_encoder():
+    """diffusers merges those of a text encoder layer by layer, not by a verb of the module."""
+    from diffusers.utils import recurse_remove_peft_layers
+
+    plain, fast = laid("text_encoder")
+    a = again(plain, fast, "text_encoder")
+    for m in (plain, fast):
+        adapt(m, "text_encoder")
+        for layer in list(m.modules()):
+            if hasattr(layer, "merge"):
+                layer.merge()
+        recurse_remove_peft_layers(m)
+    assert not close(again(plain, fast, "text_encoder"), a, 1e-2)
+
+
+@pytest.mark.usefixtures("_by_version")
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_adapters_of_a_pipeline_between_two_pictures(sd_folder, tmp_path, part):
+    from peft.utils import get_peft_model_state_dict
+
+    donor = pipeline(sd_folder)
+    adapt(getattr(donor, part), part)
+    type(donor).save_lora_weights(
+        tmp_path, **{f"{part}_lora_layers": get_peft_model_state_dict(getattr(donor, part))})
+    plain, fast = pipeline(sd_folder), accel.compile(pipeline(sd_folder))
+    with loop_ran(fast):
+        a = draw(fast)
+    for pipe in (plain, fast):
+        pipe.load_lora_weights(tmp_path)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    for _ in range(2):
+        with loop_ran(fast):
+            b = draw(fast)
+        assert abs(b - draw(plain)).max() < 3e-5 < 1e-3 < abs(b - a).max()
+    assert not accel.report(fast)["components"][part]["fallbacks"]
+
+
+def test_the_verbs_of_adapters_are_given_back():
+    m = module("unet")
+    before = set(m.__dict__)
+    accel.compile(m)
+    assert {"fuse_lora", "load_lora_adapter"} <= set(m.__dict__)
+    assert inspect.signature(m.fuse_lora) == inspect.signature(module("unet").fuse_lora)
+    assert set(copy.deepcopy(m).__dict__) == before
+    accel.decompile(m)
+    assert set(m.__dict__) == before
+
+
+def test_lora():
     plain, fast = laid()
     a = again(plain, fast)
     for m in (plain, fast):
-        torch.manual_seed(0)
-        m.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+        adapt(m)
     args, _ = inputs("unet")
     with ran(fast, native=0, fallbacks=1, reason="adapter"):
         b = call(fast, "unet", args)
     assert close(b, call(plain, "unet", args), 1e-5)
     for m in (plain, fast):
-        m.fuse_lora()
-        m.unload_lora()
+        merge(m)
     assert not close(again(plain, fast), a)
 
 

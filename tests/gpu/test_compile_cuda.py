@@ -7,7 +7,6 @@ import pathlib
 import sys
 import threading
 import time
-import warnings
 
 import pytest
 import torch
@@ -292,23 +291,29 @@ def test_parameters_stay_what_they_were(tmp_path):
         assert torch.equal(p, plain.get_parameter(name)), name
 
 
-def test_lora():
+@pytest.mark.parametrize("between", [True, False])
+def test_lora(between):
+    """Merged adapters, with a call while they were there, and without: then only their verbs tell
+    (on a GPU joined weights are the parameters; what else would stay are keys of a prompt and the
+    phases of a convolution)."""
     peft = pytest.importorskip("peft")
     plain, fast = pair()
     args, _ = given()
     before = fast(*args).sample
     for m in (plain, fast):
         torch.manual_seed(0)
-        m.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"],
+        m.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "conv"],
                                       init_lora_weights=False))
-    with ran(fast, native=0, fallbacks=1, reason="adapter"):
-        assert near(fast(*args).sample, plain(*args).sample)
+    if between:
+        with ran(fast, native=0, fallbacks=1, reason="adapter"):
+            assert near(fast(*args).sample, plain(*args).sample)
     for m in (plain, fast):
         m.fuse_lora()  # moves neither a pointer nor a version
         m.unload_lora()
-    with ran(fast, native=1):
-        after = fast(*args).sample
-    assert near(after, plain(*args).sample) and not near(after, before, 1e-3)
+    for _ in range(3):  # the third replays
+        with ran(fast, native=1):
+            after = fast(*args).sample
+        assert near(after, plain(*args).sample) and not near(after, before, 1e-3)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -399,25 +404,3 @@ def test_memory_is_flat_over_sizes():
             if i in (59, 199):
                 marks.append(used())
     assert marks[1] - marks[0] < 8 * MB, marks
-
-
-@pytest.mark.alone
-def test_out_of_memory_leaves_nothing():
-    free()
-    fast = accel.compile(module("unet", dtype=torch.float16).to(DEVICE))
-    args, _ = given(dtype=torch.float16)
-    expected = fast(*args).sample
-    available, _ = torch.cuda.mem_get_info()
-    hog = torch.empty(available - 600 * MB, dtype=torch.uint8, device=DEVICE)
-    large = given(dtype=torch.float16, batch=64, size=128)[0]
-    before = torch.cuda.mem_get_info()[0]
-    try:
-        with pytest.raises((accel.OutOfMemory, torch.OutOfMemoryError)):
-            fast(*large)
-            fast(*[torch.cat([x] * 8) if isinstance(x, torch.Tensor) else x for x in large])
-    finally:
-        del hog
-    assert before - torch.cuda.mem_get_info()[0] < 600 * MB
-    free()
-    with ran(fast, native=1), warnings.catch_warnings():
-        assert torch.equal(fast(*args).sample, expected)
