@@ -30,6 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "test-gpu"
 CTESTS = ROOT / "build" / "c" / "tests"
+CUDA_75 = ROOT / "build" / "arch75"  # python/accel there has the code of sm_75 alone
 NO_TESTS = 5  # pytest's status when a filter left none
 RAN = "ran on cuda"
 DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
@@ -47,6 +48,7 @@ class Part:
     alone: bool = False
     wants: str = ""  # text that its log must have
     environment: dict = field(default_factory=dict)
+    folder: Path = ROOT
     outcome: str = "not reached"
     seconds: float = 0.0
     process: subprocess.Popen = None
@@ -65,7 +67,7 @@ class Part:
         environment = os.environ | self.environment | {"ACCEL_TEST_FIGURES": str(self.figures)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [str(c) for c in self.command], cwd=ROOT, env=environment, stdout=log,
+                [str(c) for c in self.command], cwd=self.folder, env=environment, stdout=log,
                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def stop(self):
@@ -112,6 +114,12 @@ class Part:
         return [json.loads(line) for line in self.figures.read_text().splitlines()]
 
 
+def on_75():
+    """What a card of compute capability 7.5 would choose, in the code that is built for it."""
+    paths = (CUDA_75 / "python", os.environ.get("PYTHONPATH"))
+    return {"ACCEL_FORCE_ARCH": "75", "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)}
+
+
 # ---- the parts -----------------------------------------------------------------------------------
 
 
@@ -127,8 +135,8 @@ def c_parts():
     yield Part("c_fused", [CTESTS / "test_fused"], 120, wants=RAN, environment=cuda)
     yield Part("c_fused_random", [CTESTS / "test_fused_random"], 180,
                environment=cuda | {"ACCEL_TUNE": "off"})
-    arch = {"ACCEL_FORCE_ARCH": "75"}
-    yield Part("c_models_75", [CTESTS / "test_cuda_models"], 120, wants="float16", environment=arch)
+    yield Part("c_models_75", [CTESTS / "test_cuda_models"], 120, wants="float16",
+               environment=on_75(), folder=CUDA_75)
 
 
 def kernel_parts():
@@ -138,7 +146,7 @@ def kernel_parts():
         yield Part(f"kernels_{dtype}", [*kernels, dtype, "--all", "--op", "-conv2d"])
         yield Part(f"kernels_{dtype}_conv2d", [*kernels, dtype, "--all", "--op", "conv2d"])
     for dtype in ("f16", "f32"):
-        yield Part(f"kernels_{dtype}_75", [*kernels, dtype], environment={"ACCEL_FORCE_ARCH": "75"})
+        yield Part(f"kernels_{dtype}_75", [*kernels, dtype], environment=on_75(), folder=CUDA_75)
 
 
 def sanitizer_parts():
@@ -177,12 +185,11 @@ def python_parts():
             yield Part("_".join(filter(None, (path.stem[5:], suffix))),
                        [*pytest, path, "-m", "not alone", *(["-k", chosen] if chosen else [])],
                        300, alone="errors" in path.stem)  # they take all memory
-    arch = {"ACCEL_FORCE_ARCH": "75"}
     yield Part("gpu_75", [*pytest, *(folder / f"test_gpu_{n}.py" for n in
                                      ("unet", "vae", "clip", "pictures")), "-k", ARCH75],
-               environment=arch)
+               environment=on_75())
     yield Part("compile_75", [*pytest, folder / "test_compile_cuda.py", "-m", "not alone", "-k",
-                              "float32 or alike or changes or prompts"], environment=arch)
+                              "float32 or changes or prompts or streams"], environment=on_75())
     yield Part("alone", [*pytest, folder, "-m", "alone"], 300, alone=True)
 
 
@@ -312,6 +319,9 @@ def main():
     parser.add_argument("--jobs", type=int, default=max(2, min(10, (os.cpu_count() or 2) * 5 // 8)))
     parser.add_argument("--list", action="store_true", help="print the parts")
     args = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+                   "PYTHONPATH": os.pathsep.join(filter(None, (
+                       str(ROOT / "python"), os.environ.get("PYTHONPATH"))))}
     parts = [p for p in all_parts() if re.search(args.only, p.name)]
     if args.list:
         for part in parts:
@@ -321,9 +331,6 @@ def main():
         parser.error(f"found no part for '{args.only}'; --list prints them")
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
-                   "PYTHONPATH": os.pathsep.join(filter(None, (
-                       str(ROOT / "python"), os.environ.get("PYTHONPATH"))))}
     os.environ.setdefault("OMP_NUM_THREADS", "4")  # several processes share the cores
     os.environ.setdefault("ACCEL_CACHE", str(OUT / "cache"))
     start = time.monotonic()
