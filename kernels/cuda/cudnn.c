@@ -1,183 +1,11 @@
 /* cudnn: see dnn.h.  The backend C API; attribute types must match exactly. */
-#include "dnn.h"
+#include "cudnn_library.h"
 #include "tune.h"
 
-#include <dlfcn.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 
-enum { CONFIGURATIONS = 24, COMPILED = 1, PROBLEM_WAYS = CONFIGURATIONS + 1 };
-
-/* ---- the library ----------------------------------------------------------------------------- */
-
-#define ENTRY_POINTS(X)                                                                            \
-    X(GetVersion)                                                                                  \
-    X(GetLastErrorString)                                                                          \
-    X(Create)                                                                                      \
-    X(Destroy)                                                                                     \
-    X(SetStream)                                                                                   \
-    X(BackendCreateDescriptor)                                                                     \
-    X(BackendDestroyDescriptor)                                                                    \
-    X(BackendFinalize)                                                                             \
-    X(BackendSetAttribute)                                                                         \
-    X(BackendGetAttribute)                                                                         \
-    X(BackendExecute)
-
-static struct library {
-    size_t version; /* 91900; 0: none */
-#define X(name) __typeof__(cudnn##name) *name;
-    ENTRY_POINTS(X)
-#undef X
-} dnn;
-
-static pthread_once_t dnn_once = PTHREAD_ONCE_INIT;
-static const char *dnn_missing; /* why it is not used; NULL: it is */
-
-/* Attention is compiled by NVRTC, which cuDNN opens by name: that of pip's packages is not where
- * the loader looks. */
-static void
-load_library(void)
-{
-    static const char *const names[] = {"libcudnn.so.9"}, *const folders[] = {"cudnn"};
-    static const char *const compilers[] = {"libnvrtc.so.13", "libnvrtc.so.12"};
-    static const char *const compiler_folders[] = {"cu13", "cuda_nvrtc"};
-    void *library = ac_cuda_library_open(&(ac_library_search){names, 1, folders, 1});
-    bool complete = library != NULL;
-    if (!library) {
-        dnn_missing = "no cuDNN 9 was found: own kernels take convolutions and attention, slower "
-                      "(pip install nvidia-cudnn-cu13)";
-        ac_cuda_log(1, "cuda: %s", dnn_missing);
-        return;
-    }
-#define X(name)                                                                                    \
-    *(void **)&dnn.name = dlsym(library, "cudnn" #name);                                           \
-    complete = complete && dnn.name;
-    ENTRY_POINTS(X)
-#undef X
-    if (!complete) {
-        dnn_missing = "cuDNN lacks entry points: own kernels take convolutions and attention, "
-                      "slower";
-        ac_cuda_log(1, "cuda: %s", dnn_missing);
-        return;
-    }
-    if (!ac_cuda_library_open(&(ac_library_search){compilers, 2, compiler_folders, 2})) {
-        ac_cuda_log(2, "cuda: no NVRTC was found: attention takes own kernels");
-    }
-    dnn.version = dnn.GetVersion();
-    ac_cuda_log(2, "cuda: cuDNN %zu", dnn.version);
-}
-
-bool
-ac_dnn_found(int32_t minor)
-{
-    pthread_once(&dnn_once, load_library);
-    return dnn.version >= (size_t)(90000 + 100 * minor);
-}
-
-bool
-ac_cuda_describe_dnn(char *text, size_t size)
-{
-    if (!ac_dnn_found(0)) {
-        snprintf(text, size, "%s", dnn_missing ? dnn_missing : "cuDNN is older than 9.0: own "
-                                                               "kernels take its place, slower");
-        return false;
-    }
-    snprintf(text, size, "cuDNN %zu.%zu.%zu", dnn.version / 10000, dnn.version / 100 % 100,
-             dnn.version % 100);
-    return true;
-}
-
-/* ---- descriptions ---------------------------------------------------------------------------- */
-
-ac_dnn_descriptor
-ac_dnn_begin(ac_dnn_graph *g, cudnnBackendDescriptorType_t type)
-{
-    ac_dnn_descriptor d = NULL;
-    if (g->status == CUDNN_STATUS_SUCCESS && g->n_made == (int32_t)AC_ARRAY_LEN(g->made)) {
-        g->status = CUDNN_STATUS_BAD_PARAM;
-    }
-    if (g->status == CUDNN_STATUS_SUCCESS) {
-        g->status = dnn.BackendCreateDescriptor(type, &d);
-    }
-    if (g->status == CUDNN_STATUS_SUCCESS) {
-        g->made[g->n_made++] = d;
-    }
-    return d;
-}
-
-void
-ac_dnn_set(ac_dnn_graph *g, ac_dnn_descriptor d, cudnnBackendAttributeName_t name,
-           cudnnBackendAttributeType_t type, int64_t count, const void *values)
-{
-    if (g->status == CUDNN_STATUS_SUCCESS) {
-        g->status = dnn.BackendSetAttribute(d, name, type, count, values);
-    }
-}
-
-void
-ac_dnn_set_part(ac_dnn_graph *g, ac_dnn_descriptor d, cudnnBackendAttributeName_t name,
-                ac_dnn_descriptor part)
-{
-    ac_dnn_set(g, d, name, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &part);
-}
-
-void
-ac_dnn_end(ac_dnn_graph *g, ac_dnn_descriptor d, bool operation)
-{
-    if (g->status == CUDNN_STATUS_SUCCESS) {
-        g->status = dnn.BackendFinalize(d);
-    }
-    if (operation && g->n_operations < (int32_t)AC_ARRAY_LEN(g->operation)) {
-        g->operation[g->n_operations++] = d;
-    }
-}
-
-static cudnnDataType_t
-type_of(ac_dtype dtype)
-{
-    return dtype == AC_F16    ? CUDNN_DATA_HALF
-           : dtype == AC_BF16 ? CUDNN_DATA_BFLOAT16
-                              : CUDNN_DATA_FLOAT;
-}
-
-ac_dnn_descriptor
-ac_dnn_tensor_new(ac_dnn_graph *g, const ac_dnn_tensor *t)
-{
-    ac_dnn_descriptor d = ac_dnn_begin(g, CUDNN_BACKEND_TENSOR_DESCRIPTOR);
-    cudnnDataType_t type = type_of(t->dtype);
-    int64_t alignment = 16;
-    ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64, 1, &t->id);
-    ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE, 1, &type);
-    ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64, 1, &alignment);
-    ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 4, t->dim);
-    ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 4, t->stride);
-    if (t->inner) {
-        ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, &t->inner);
-    }
-    if (t->by_value) {
-        ac_dnn_set(g, d, CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, &t->by_value);
-    }
-    ac_dnn_end(g, d, false);
-    return d;
-}
-
-void
-ac_dnn_add(ac_dnn_graph *g, ac_dnn_descriptor a, ac_dnn_descriptor b, ac_dnn_descriptor y)
-{
-    cudnnDataType_t precision = CUDNN_DATA_FLOAT;
-    cudnnPointwiseMode_t mode = CUDNN_POINTWISE_ADD;
-    ac_dnn_descriptor how = ac_dnn_begin(g, CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
-    ac_dnn_set(g, how, CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE, 1, &mode);
-    ac_dnn_set(g, how, CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, 1, &precision);
-    ac_dnn_end(g, how, false);
-    ac_dnn_descriptor op = ac_dnn_begin(g, CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR);
-    ac_dnn_set_part(g, op, CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, how);
-    ac_dnn_set_part(g, op, CUDNN_ATTR_OPERATION_POINTWISE_XDESC, a);
-    ac_dnn_set_part(g, op, CUDNN_ATTR_OPERATION_POINTWISE_BDESC, b);
-    ac_dnn_set_part(g, op, CUDNN_ATTR_OPERATION_POINTWISE_YDESC, y);
-    ac_dnn_end(g, op, true);
-}
+enum { CONFIGURATIONS = 24, COMPILED = 1 };
 
 /* ---- problems -------------------------------------------------------------------------------- */
 
@@ -204,7 +32,7 @@ static void
 destroy(ac_dnn_descriptor *d)
 {
     if (*d) {
-        dnn.BackendDestroyDescriptor(*d);
+        ac_dnn.BackendDestroyDescriptor(*d);
         *d = NULL;
     }
 }
@@ -232,7 +60,7 @@ ac_cuda_dnn_free(ac_cuda_dnn *d)
         ac_cuda_host->free(d->problems[i].ways);
     }
     if (d->handle) {
-        dnn.Destroy(d->handle);
+        ac_dnn.Destroy(d->handle);
     }
     ac_cuda_host->free(d->problems);
     ac_cuda_host->free(d);
@@ -242,7 +70,7 @@ static ac_status
 refuse(const char *what, cudnnStatus_t status)
 {
     char text[200] = "";
-    dnn.GetLastErrorString(text, sizeof text);
+    ac_dnn.GetLastErrorString(text, sizeof text);
     text[strcspn(text, "\n")] = '\0';
     if (status == CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED) {
         return ac_cuda_no_memory(what);
@@ -267,10 +95,11 @@ engine_fits(ac_dnn_descriptor engine, const ac_dnn_key *key, bool *compiled)
     cudnnBackendNumericalNote_t note[CUDNN_NUMERICAL_NOTE_TYPE_COUNT + 8];
     cudnnBackendBehaviorNote_t behavior[CUDNN_BEHAVIOR_NOTE_TYPE_COUNT + 8];
     int64_t notes = 0, behaviors = 0;
-    if (dnn.BackendGetAttribute(engine, CUDNN_ATTR_ENGINE_NUMERICAL_NOTE,
-                                CUDNN_TYPE_NUMERICAL_NOTE, AC_ARRAY_LEN(note), &notes, note) ||
-        dnn.BackendGetAttribute(engine, CUDNN_ATTR_ENGINE_BEHAVIOR_NOTE, CUDNN_TYPE_BEHAVIOR_NOTE,
-                                AC_ARRAY_LEN(behavior), &behaviors, behavior)) {
+    if (ac_dnn.BackendGetAttribute(engine, CUDNN_ATTR_ENGINE_NUMERICAL_NOTE,
+                                   CUDNN_TYPE_NUMERICAL_NOTE, AC_ARRAY_LEN(note), &notes, note) ||
+        ac_dnn.BackendGetAttribute(engine, CUDNN_ATTR_ENGINE_BEHAVIOR_NOTE,
+                                   CUDNN_TYPE_BEHAVIOR_NOTE, AC_ARRAY_LEN(behavior), &behaviors,
+                                   behavior)) {
         return false;
     }
     bool fits = true, cores = key->dtype != AC_F32 || key->tf32; /* f32 on them is TF32 */
@@ -294,21 +123,21 @@ name_knobs(ac_dnn_descriptor configuration, int64_t engine, char name[AC_TUNE_WA
     uint64_t hash = UINT64_C(0xcbf29ce484222325);
     int32_t made = 0;
     while (made < CUDNN_KNOB_TYPE_COUNTS &&
-           dnn.BackendCreateDescriptor(CUDNN_BACKEND_KNOB_CHOICE_DESCRIPTOR, &knob[made]) ==
+           ac_dnn.BackendCreateDescriptor(CUDNN_BACKEND_KNOB_CHOICE_DESCRIPTOR, &knob[made]) ==
                CUDNN_STATUS_SUCCESS) {
         made++;
     }
-    if (dnn.BackendGetAttribute(configuration, CUDNN_ATTR_ENGINECFG_KNOB_CHOICES,
-                                CUDNN_TYPE_BACKEND_DESCRIPTOR, made, &count, knob)) {
+    if (ac_dnn.BackendGetAttribute(configuration, CUDNN_ATTR_ENGINECFG_KNOB_CHOICES,
+                                   CUDNN_TYPE_BACKEND_DESCRIPTOR, made, &count, knob)) {
         count = 0;
     }
     for (int64_t i = 0; i < count; i++) {
         cudnnBackendKnobType_t type = CUDNN_KNOB_TYPE_COUNTS;
         int64_t value = 0, one;
-        dnn.BackendGetAttribute(knob[i], CUDNN_ATTR_KNOB_CHOICE_KNOB_TYPE, CUDNN_TYPE_KNOB_TYPE, 1,
-                                &one, &type);
-        dnn.BackendGetAttribute(knob[i], CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE, CUDNN_TYPE_INT64, 1,
-                                &one, &value);
+        ac_dnn.BackendGetAttribute(knob[i], CUDNN_ATTR_KNOB_CHOICE_KNOB_TYPE,
+                                   CUDNN_TYPE_KNOB_TYPE, 1, &one, &type);
+        ac_dnn.BackendGetAttribute(knob[i], CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE, CUDNN_TYPE_INT64, 1,
+                                   &one, &value);
         hash = (hash ^ (uint64_t)type) * UINT64_C(0x100000001b3);
         hash = (hash ^ (uint64_t)value) * UINT64_C(0x100000001b3);
     }
@@ -326,13 +155,13 @@ take(problem *p, ac_dnn_descriptor configuration, int32_t *compiled)
     int64_t one, index = -1;
     bool needs_compiler = false, fits = false;
     if (p->count == CONFIGURATIONS ||
-        dnn.BackendCreateDescriptor(CUDNN_BACKEND_ENGINE_DESCRIPTOR, &engine)) {
+        ac_dnn.BackendCreateDescriptor(CUDNN_BACKEND_ENGINE_DESCRIPTOR, &engine)) {
         return false;
     }
-    if (!dnn.BackendGetAttribute(configuration, CUDNN_ATTR_ENGINECFG_ENGINE,
-                                 CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &one, &engine) &&
-        !dnn.BackendGetAttribute(engine, CUDNN_ATTR_ENGINE_GLOBAL_INDEX, CUDNN_TYPE_INT64, 1, &one,
-                                 &index)) {
+    if (!ac_dnn.BackendGetAttribute(configuration, CUDNN_ATTR_ENGINECFG_ENGINE,
+                                    CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &one, &engine) &&
+        !ac_dnn.BackendGetAttribute(engine, CUDNN_ATTR_ENGINE_GLOBAL_INDEX, CUDNN_TYPE_INT64, 1,
+                                    &one, &index)) {
         fits = engine_fits(engine, &p->key, &needs_compiler);
     }
     destroy(&engine);
@@ -355,21 +184,22 @@ ask(problem *p, ac_dnn_descriptor graph, cudnnBackendHeurMode_t mode, int32_t *c
     enum { MOST = 64 };
     ac_dnn_descriptor heuristic = NULL, found[MOST] = {NULL};
     int64_t count = 0;
-    cudnnStatus_t status = dnn.BackendCreateDescriptor(CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR,
-                                                       &heuristic);
+    cudnnStatus_t status = ac_dnn.BackendCreateDescriptor(CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR,
+                                                          &heuristic);
     for (int i = 0; !status && i < MOST; i++) {
-        status = dnn.BackendCreateDescriptor(CUDNN_BACKEND_ENGINECFG_DESCRIPTOR, &found[i]);
+        status = ac_dnn.BackendCreateDescriptor(CUDNN_BACKEND_ENGINECFG_DESCRIPTOR, &found[i]);
     }
     status = status ? status
-                    : dnn.BackendSetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH,
-                                              CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &graph);
+                    : ac_dnn.BackendSetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH,
+                                                 CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &graph);
     status = status ? status
-                    : dnn.BackendSetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_MODE,
-                                              CUDNN_TYPE_HEUR_MODE, 1, &mode);
-    status = status ? status : dnn.BackendFinalize(heuristic);
+                    : ac_dnn.BackendSetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_MODE,
+                                                 CUDNN_TYPE_HEUR_MODE, 1, &mode);
+    status = status ? status : ac_dnn.BackendFinalize(heuristic);
     status = status ? status
-                    : dnn.BackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS,
-                                              CUDNN_TYPE_BACKEND_DESCRIPTOR, MOST, &count, found);
+                    : ac_dnn.BackendGetAttribute(heuristic, CUDNN_ATTR_ENGINEHEUR_RESULTS,
+                                                 CUDNN_TYPE_BACKEND_DESCRIPTOR, MOST, &count,
+                                                 found);
     for (int i = 0; i < MOST; i++) {
         if (!status && i < count && take(p, found[i], compiled)) {
             found[i] = NULL;
@@ -416,7 +246,7 @@ typedef struct trial {
 static void
 key_text(const ac_dnn_key *key, char text[AC_TUNE_KEY])
 {
-    int used = snprintf(text, AC_TUNE_KEY, "cuDNN %zu %s %s%s", dnn.version,
+    int used = snprintf(text, AC_TUNE_KEY, "cuDNN %zu %s %s%s", ac_dnn.version,
                         key->kind == AC_DNN_CONV ? "conv" : "attention",
                         ac_dtype_name((ac_dtype)key->dtype), key->tf32 ? " tf32" : "");
     for (size_t i = 0; i < AC_ARRAY_LEN(key->value) && used < AC_TUNE_KEY; i++) {
@@ -430,13 +260,13 @@ static cudnnStatus_t
 new_plan(ac_cuda_dnn *d, cudnnBackendAttributeName_t attribute, cudnnBackendAttributeType_t type,
          int64_t count, const void *values, ac_dnn_descriptor *plan)
 {
-    cudnnStatus_t status = dnn.BackendCreateDescriptor(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR,
-                                                       plan);
+    cudnnStatus_t status = ac_dnn.BackendCreateDescriptor(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR,
+                                                          plan);
     status = status ? status
-                    : dnn.BackendSetAttribute(*plan, CUDNN_ATTR_EXECUTION_PLAN_HANDLE,
-                                              CUDNN_TYPE_HANDLE, 1, &d->handle);
-    status = status ? status : dnn.BackendSetAttribute(*plan, attribute, type, count, values);
-    status = status ? status : dnn.BackendFinalize(*plan);
+                    : ac_dnn.BackendSetAttribute(*plan, CUDNN_ATTR_EXECUTION_PLAN_HANDLE,
+                                                 CUDNN_TYPE_HANDLE, 1, &d->handle);
+    status = status ? status : ac_dnn.BackendSetAttribute(*plan, attribute, type, count, values);
+    status = status ? status : ac_dnn.BackendFinalize(*plan);
     if (status) {
         destroy(plan);
     }
@@ -462,13 +292,13 @@ store_plan(const char *folder, const char *title, ac_dnn_descriptor plan)
 {
     int64_t length = 0;
     char *json;
-    if (dnn.BackendGetAttribute(plan, CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION,
-                                CUDNN_TYPE_CHAR, 0, &length, NULL) ||
+    if (ac_dnn.BackendGetAttribute(plan, CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION,
+                                   CUDNN_TYPE_CHAR, 0, &length, NULL) ||
         length <= 0 || ac_cuda_heap((size_t)length, (void **)&json) < 0) {
         return;
     }
-    if (!dnn.BackendGetAttribute(plan, CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION,
-                                 CUDNN_TYPE_CHAR, length, &length, json)) {
+    if (!ac_dnn.BackendGetAttribute(plan, CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION,
+                                    CUDNN_TYPE_CHAR, length, &length, json)) {
         ac_dnn_store_write(folder, title, json, (size_t)length);
     }
     ac_cuda_host->free(json);
@@ -503,8 +333,8 @@ make_plan(trial *t, way *w)
     int64_t bytes = 0, one;
     cudnnStatus_t status = load_or_make(t, w);
     status = status ? status
-                    : dnn.BackendGetAttribute(w->plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE,
-                                              CUDNN_TYPE_INT64, 1, &one, &bytes);
+                    : ac_dnn.BackendGetAttribute(w->plan, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE,
+                                                 CUDNN_TYPE_INT64, 1, &one, &bytes);
     if (!status && bytes > (int64_t)t->call->workspace_bytes) {
         status = CUDNN_STATUS_NOT_SUPPORTED;
     }
@@ -520,20 +350,20 @@ static cudnnStatus_t
 execute(const ac_dnn_call *c, ac_cuda_dnn *d, ac_dnn_descriptor plan)
 {
     ac_dnn_descriptor pack = NULL;
-    cudnnStatus_t status = dnn.BackendCreateDescriptor(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR,
-                                                       &pack);
+    cudnnStatus_t status = ac_dnn.BackendCreateDescriptor(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR,
+                                                          &pack);
     status = status ? status
-                    : dnn.BackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS,
-                                              CUDNN_TYPE_INT64, c->n_operands, c->id);
+                    : ac_dnn.BackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS,
+                                                 CUDNN_TYPE_INT64, c->n_operands, c->id);
     status = status ? status
-                    : dnn.BackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS,
-                                              CUDNN_TYPE_VOID_PTR, c->n_operands, c->address);
+                    : ac_dnn.BackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS,
+                                                 CUDNN_TYPE_VOID_PTR, c->n_operands, c->address);
     status = status ? status
-                    : dnn.BackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_WORKSPACE,
-                                              CUDNN_TYPE_VOID_PTR, 1, &c->workspace);
-    status = status ? status : dnn.BackendFinalize(pack);
-    status = status ? status : dnn.SetStream(d->handle, c->lane->stream);
-    status = status ? status : dnn.BackendExecute(d->handle, plan, pack);
+                    : ac_dnn.BackendSetAttribute(pack, CUDNN_ATTR_VARIANT_PACK_WORKSPACE,
+                                                 CUDNN_TYPE_VOID_PTR, 1, &c->workspace);
+    status = status ? status : ac_dnn.BackendFinalize(pack);
+    status = status ? status : ac_dnn.SetStream(d->handle, c->lane->stream);
+    status = status ? status : ac_dnn.BackendExecute(d->handle, plan, pack);
     destroy(&pack);
     return status;
 }
@@ -605,7 +435,7 @@ find_handle(ac_cuda_libraries *libraries)
         AC_TRY(ac_cuda_heap(sizeof *libraries->dnn, (void **)&libraries->dnn));
     }
     return libraries->dnn->handle ? AC_OK
-                                  : check(dnn.Create(&libraries->dnn->handle), "cudnnCreate");
+                                  : check(ac_dnn.Create(&libraries->dnn->handle), "cudnnCreate");
 }
 
 static ac_status
