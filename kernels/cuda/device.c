@@ -552,10 +552,14 @@ ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out);
 ac_status
 ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out)
 {
+    const ac_host *before = ac_cuda_host;
     ac_cuda_host = host;
     if (abi != AC_ABI) {
-        return ac_cuda_fail(AC_E_DEVICE, "libaccel_cuda.so: found ABI %u, expected %u; install "
-                                         "both parts of accel from one build", AC_ABI, abi);
+        ac_status status = ac_cuda_fail(AC_E_DEVICE, "libaccel_cuda.so: found ABI %u, expected "
+                                                     "%u; install both parts of accel from one "
+                                                     "build", AC_ABI, abi);
+        ac_cuda_host = before;
+        return status;
     }
     *out = (ac_backend){
         .abi = AC_ABI,

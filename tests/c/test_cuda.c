@@ -4,6 +4,8 @@
 #include "../../csrc/backend_cuda.h"
 #include "test.h"
 
+#include <dlfcn.h>
+
 enum { COUNT = 5000 };
 
 static ac_device *
@@ -72,13 +74,23 @@ static void
 another_abi_is_refused(void)
 {
     /* The library looks at it before anything else: this needs no GPU, but the library. */
+    static const ac_host newer = {.abi = AC_ABI + 1, .verror = ac_verror};
     const ac_backend *backend;
+    ac_backend none = {.abi = 0};
+    ac_backend_cuda_fn fill;
     ac_backend_cuda_set_folder("python/accel");
     if (ac_backend_cuda_load(&backend) < 0) {
         printf("(no library) ");
         return;
     }
     CHECK_INT(backend->abi, AC_ABI);
+    void *library = dlopen("python/accel/libaccel_cuda.so", RTLD_NOW | RTLD_LOCAL);
+    void *symbol = library ? dlsym(library, "ac_backend_cuda") : NULL;
+    CHECK(symbol);
+    memcpy(&fill, &symbol, sizeof fill);
+    CHECK_STATUS(fill(AC_ABI + 1, &newer, &none), AC_E_DEVICE, "found ABI");
+    CHECK(none.abi == 0 && !none.open);
+    dlclose(library);
 }
 
 static void
