@@ -74,6 +74,7 @@ class Native:
         self.text = None       # the config that `reference` was built from
         self.keys = {}         # config -> keys of the derived weights of a plan
         self.laid = set()      # the engine's names of parameters that torch_layout moved
+        self.captured = False  # a caller's CUDA graph reads the parameters where they are
         self.stale = False     # an adapter's verb was called: weights may be others, see compile_
         self._forget()
 
@@ -99,6 +100,7 @@ class Native:
         """Frees all that the engine holds for the module, the room for its activations too."""
         with self.lock:
             device = self.device
+            self.captured = False
             self._forget()
         if device.startswith("cuda"):
             with contextlib.suppress(DeviceError):
@@ -271,7 +273,8 @@ class Native:
         """On a GPU, before the first run: parameters where the plan for `args` wants them."""
         from . import torch_layout
 
-        if self.laid_out or not torch_layout.wanted(self.watch.device) or self.active:
+        if (self.laid_out or self.captured or self.active
+                or not torch_layout.wanted(self.watch.device)):
             return
         self.laid_out = True
         if self.text not in self.keys:  # kept over offloading: the same joins at all sizes
@@ -417,7 +420,7 @@ class Native:
     def _try(self, module, method, args, kwargs):
         import torch
 
-        from .torch_watch import Fallback, check_autocast, check_state
+        from .torch_watch import Fallback, check_autocast, check_state, is_capturing
 
         signature = self.signatures[method]
         try:
@@ -425,6 +428,9 @@ class Native:
         except TypeError as error:
             raise Fallback(str(error)) from None
         check_state((args, kwargs))
+        if is_capturing():
+            self.captured = True
+            raise Fallback("CUDA graph capture")
         defaults = {n: p.default for n, p in signature.parameters.items()}
         with self.lock:
             self._follow(module)

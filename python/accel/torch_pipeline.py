@@ -19,7 +19,7 @@ import torch
 from .compile_ import PIPES
 from .torch_loop import Draws, Loop, check_scheduler, native_unet
 from .torch_native import FallbackWarning
-from .torch_watch import Fallback, check_autocast, check_state
+from .torch_watch import Fallback, check_autocast, check_state, is_capturing
 
 # Arguments of __call__ that the native loop honours; another one that is not at its default runs
 # the stock loop.
@@ -150,6 +150,8 @@ class StableDiffusion:
         pipe, a = self.pipe, self.a
         native = native_unet(pipe)
         check_state(())
+        if is_capturing():  # before a module is moved, which frees memory
+            raise Fallback("CUDA graph capture")
         check_autocast(pipe._execution_device)
         if "_hf_hook" not in pipe.unet.__dict__:  # else it may have to move first
             native.examine(pipe.unet)

@@ -8,6 +8,8 @@ the decompiled module have the original. A call that falls back still needs floa
 
 import torch
 
+from .torch_watch import is_capturing
+
 KEY = "force_upcast"
 
 
@@ -35,6 +37,7 @@ def is_needed(module):
     """Whether the original forward would leave float16's range, as far as the config knows."""
     config = module.__dict__.get("_internal_dict")
     return (config is not None and _is_hidden(config) and not torch.is_grad_enabled()
+            and not is_capturing()  # nothing runs then: the parameters would be lost
             and next(module.parameters()).dtype == torch.float16)
 
 

@@ -276,6 +276,12 @@ def _check_known(name, module):
 # ---- the state of PyTorch ------------------------------------------------------------------------
 
 
+def is_capturing():
+    """Whether the caller is recording a CUDA graph. The engine's memory is not PyTorch's: what it
+    queued would be replayed after that memory was freed or moved."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def check_autocast(device):
     if torch.is_autocast_enabled(device.type):
         raise Fallback("autocast")

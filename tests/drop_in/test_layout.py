@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import safetensors.torch
 import torch
-from dropin import call, close, draw, inputs, loop_ran, module, pipeline, ran
+from dropin import call, close, draw, inputs, loop_ran, module, pipeline, ran, same
 
 import accel
 from accel import torch_layout
@@ -327,6 +327,43 @@ def test_a_pipeline(sd_folder):
     accel.decompile(fast)
     for name in ("unet", "vae", "text_encoder"):
         assert joined(getattr(fast, name)) == (set(), set())
+
+
+def capture(patch):
+    patch.setattr(torch.cuda, "is_initialized", lambda: True)
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def test_a_caller_who_records_a_graph(monkeypatch):
+    """The engine stays out of it, and then leaves the parameters where that graph reads them."""
+    plain, fast = module("unet"), accel.compile(module("unet"))
+    before = {n: p.data_ptr() for n, p in fast.named_parameters()}
+    args, _ = inputs("unet")
+    with monkeypatch.context() as patch:
+        capture(patch)
+        with ran(fast, native=0, fallbacks=1, reason="CUDA graph capture"):
+            a = call(fast, "unet", args)
+    assert torch.equal(a, call(plain, "unet", args))
+    again(plain, fast)
+    assert before == {n: p.data_ptr() for n, p in fast.named_parameters()}
+
+
+def test_a_caller_who_records_a_vae(monkeypatch):
+    """In a capture nothing is computed, so its parameters are not taken to float32 and back."""
+    fast = accel.compile(module("vae", "sdxl", torch.float16))
+    assert fast.config["force_upcast"]
+    before = {n: p.data_ptr() for n, p in fast.named_parameters()}
+    capture(monkeypatch)
+    with ran(fast, native=0, fallbacks=1, reason="CUDA graph capture"):
+        call(fast, "vae", *inputs("vae", dtype=torch.float16))
+    assert before == {n: p.data_ptr() for n, p in fast.named_parameters()}
+
+
+def test_a_caller_who_records_a_pipeline(sd_folder, monkeypatch):
+    pipes = pipeline(sd_folder), accel.compile(pipeline(sd_folder))
+    capture(monkeypatch)
+    same(pipes, stock="CUDA graph capture")
+    assert accel.report(pipes[1])["components"]["unet"]["native_runs"] == 0
 
 
 def test_tied_parameters_are_left_alone():
