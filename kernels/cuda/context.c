@@ -84,16 +84,18 @@ ac_cuda_check_lost(int32_t index)
     return AC_E_DEVICE;
 }
 
-/* Free memory can be asked for at any time, in a capture too, but not of a dead context. */
+/* Free memory can be asked for at any time, but not of a dead context. */
 static ac_status
 look_for_loss(ac_cuda_device *device, ac_status status)
 {
     struct loss *l = loss_of(device->index);
     size_t free_bytes, total;
-    if (cudaMemGetInfo(&free_bytes, &total) == cudaSuccess) {
+    cudaError_t now = cudaMemGetInfo(&free_bytes, &total);
+    cudaGetLastError();
+    if (now == cudaSuccess ||
+        (now >= cudaErrorStreamCaptureUnsupported && now <= cudaErrorStreamCaptureWrongThread)) {
         return status;
     }
-    cudaGetLastError();
     pthread_mutex_lock(&loss_lock);
     if (!l->lost) {
         snprintf(l->first, sizeof l->first,
