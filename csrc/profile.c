@@ -242,6 +242,9 @@ ac_model_profile(ac_model *model, const ac_build_args *build, const ac_profile_a
     ac_exec *exec;
     full.repeats = args->repeats > 0 ? args->repeats : REPEATS;
     full.flops = args->flops > 0.0 ? args->flops : half ? caps->half_flops : caps->float_flops;
+    if (full.tf32_flops <= 0.0) {
+        full.tf32_flops = args->flops > 0.0 ? args->flops : caps->half_flops / 2.0;
+    }
     full.bandwidth = args->bandwidth > 0.0 ? args->bandwidth : caps->bandwidth;
     AC_TRY(ac_model_take(model, build, 0, &exec));
     ac_exec_set_prompt(exec, 0);

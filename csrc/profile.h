@@ -12,6 +12,7 @@ typedef struct ac_profile_args {
     int32_t repeats;   /* timed runs, the best of each step counts; 0: 10 */
     double flops;      /* FLOP/s that the device reaches; 0: what its caps say */
     double bandwidth;  /* bytes/s; 0: what its caps say */
+    double tf32_flops; /* of steps that may use TF32; 0: where flops is given, that */
 } ac_profile_args;
 
 /* Times of one exec in milliseconds. */

@@ -24,7 +24,8 @@ bound_ms(const ac_step *step, const ac_profile_args *args)
     if (!(args->flops > 0.0) || !(args->bandwidth > 0.0)) {
         return 0.0;
     }
-    return 1e3 * AC_MAX(step->flops / args->flops, step->bytes / args->bandwidth);
+    double flops = step->problem.tf32 && args->tf32_flops > 0.0 ? args->tf32_flops : args->flops;
+    return 1e3 * AC_MAX(step->flops / flops, step->bytes / args->bandwidth);
 }
 
 static void
@@ -101,8 +102,12 @@ head_text(const ac_plan *plan, const char *model, const ac_profile_args *args, a
     ac_text_printf(text, "profile of %s on %s:%d, the best of %d runs, random inputs; ", model,
                    device->backend->name, device->index, args->repeats);
     if (args->flops > 0.0 && args->bandwidth > 0.0) {
-        ac_text_printf(text, "bound = max(FLOP / %.0f TFLOP/s, bytes / %.2f TB/s)\n",
+        ac_text_printf(text, "bound = max(FLOP / %.0f TFLOP/s, bytes / %.2f TB/s)",
                        args->flops / 1e12, args->bandwidth / 1e12);
+        if (plan->graph->tf32 && args->tf32_flops > 0.0) {
+            ac_text_printf(text, ", in TF32 %.0f TFLOP/s", args->tf32_flops / 1e12);
+        }
+        ac_text_printf(text, "\n");
     } else {
         ac_text_printf(text, "no fractions of a bound: this device's peaks are not known, "
                              "peaks=(FLOP/s, bytes/s) gives them\n");
