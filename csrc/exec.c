@@ -405,11 +405,11 @@ ac_exec_run_with(ac_exec *e, const ac_run *run)
     ac_device_lane *lane;
     AC_TRY(check_bound(e));
     AC_TRY(ac_device_lane_take(device, e->lane, &lane));
-    ac_status status = enter_lane(e, lane, run->stream);
+    ac_status status = enter_lane(e, lane, run->stream); /* a failure leaves nothing queued */
     if (status == AC_OK) {
         status = run_on(e, lane, run);
+        status = status < 0 ? leave_failed(e, lane, status) : leave(e, lane, run);
     }
-    status = status < 0 ? leave_failed(e, lane, status) : leave(e, lane, run);
     ac_device_lane_give(device, lane);
     if (status < 0) {
         e->prompt = 0;

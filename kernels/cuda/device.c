@@ -295,22 +295,47 @@ cuda_lane_close(void *self, ac_lane *lane)
 
 /* The event, not the old stream: that one is the caller's and may be gone. */
 static ac_status
+move_lane(ac_lane *lane, cudaStream_t wanted)
+{
+    if (lane->marked) {
+        AC_CUDA(cudaStreamWaitEvent(wanted, lane->last, 0));
+    }
+    lane->stream = wanted;
+    return AC_OK;
+}
+
+/* What is captured is replayed when the lane's memory may be elsewhere or gone.  The lane leaves
+ * that stream: waiting for it would end the capture. */
+static ac_status
+check_capture(ac_lane *lane, cudaStream_t wanted)
+{
+    enum cudaStreamCaptureStatus state = cudaStreamCaptureStatusNone;
+    AC_CUDA(cudaStreamIsCapturing(wanted, &state));
+    if (state == cudaStreamCaptureStatusNone) {
+        return AC_OK;
+    }
+    if (lane->stream == wanted) {
+        AC_TRY(move_lane(lane, lane->own));
+    }
+    return ac_cuda_fail(AC_E_UNSUPPORTED, "cuda: found a stream that is being captured, expected "
+                                          "one that runs: the engine records by itself");
+}
+
+static ac_status
 cuda_lane_follow(void *self, ac_lane *lane, ac_stream stream)
 {
     int previous;
     cudaStream_t wanted = stream.given ? (cudaStream_t)stream.handle : lane->own;
-    if (wanted == lane->stream) { /* every run begins here: a lost device says so first */
+    bool callers = wanted && wanted != lane->own; /* the legacy stream cannot be captured */
+    if (wanted == lane->stream && !callers) { /* every run begins here: a lost device says so */
         return ac_cuda_check_lost(lane->device->index);
     }
     AC_TRY(ac_cuda_device_enter(self, &previous));
-    cudaError_t status = cudaSuccess;
-    if (lane->marked) {
-        status = cudaStreamWaitEvent(wanted, lane->last, 0);
+    ac_status status = callers ? check_capture(lane, wanted) : AC_OK;
+    if (status == AC_OK && wanted != lane->stream) {
+        status = move_lane(lane, wanted);
     }
-    if (status == cudaSuccess) {
-        lane->stream = wanted;
-    }
-    return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "cudaStreamWaitEvent"));
+    return ac_cuda_device_leave(self, previous, status);
 }
 
 static ac_status

@@ -13,6 +13,9 @@ static struct {
     int (*to_device)(uint64_t to, const void *from, size_t bytes, void *stream);
     int (*to_host)(void *to, uint64_t from, size_t bytes, void *stream);
     int (*memory)(size_t *free_bytes, size_t *total);
+    int (*capture)(void *stream, int mode);
+    int (*capture_end)(void *stream, void **graph);
+    int (*graph_free)(void *graph);
 } cu;
 
 static void
@@ -39,6 +42,9 @@ open_gpu(void)
     load(library, "cuMemcpyHtoDAsync_v2", &cu.to_device);
     load(library, "cuMemcpyDtoHAsync_v2", &cu.to_host);
     load(library, "cuMemGetInfo_v2", &cu.memory);
+    load(library, "cuStreamBeginCapture_v2", &cu.capture);
+    load(library, "cuStreamEndCapture", &cu.capture_end);
+    load(library, "cuGraphDestroy", &cu.graph_free);
     void *memory; /* makes the context that the driver's calls want */
     CHECK_OK(device->backend->alloc(device->self, 1, &memory));
     device->backend->free(device->self, memory);
@@ -95,8 +101,8 @@ free_operands(ac_device *device, operands *o)
     }
 }
 
-static void
-run_unet(rig *r, operands *o, ac_stream stream)
+static ac_status
+try_unet(rig *r, operands *o, ac_stream stream)
 {
     static const char *const names[] = {"sample", "timestep", "encoder_hidden_states", "sample"};
     ac_exec *exec;
@@ -106,8 +112,15 @@ run_unet(rig *r, operands *o, ac_stream stream)
     for (int i = 0; i < 4; i++) {
         CHECK_OK((i == 3 ? ac_exec_bind_output : ac_exec_bind)(exec, names[i], &o->tensor[i]));
     }
-    CHECK_OK(ac_exec_run_on(exec, AC_RATE_PROMPT, stream));
+    ac_status status = ac_exec_run_on(exec, AC_RATE_PROMPT, stream);
     ac_model_give(r->model, exec);
+    return status;
+}
+
+static void
+run_unet(rig *r, operands *o, ac_stream stream)
+{
+    CHECK_OK(try_unet(r, o, stream));
 }
 
 /* Copies in, run and copies out are queued one after the other; nobody waits in between, and the
@@ -149,6 +162,50 @@ callers_streams_are_followed(void)
     for (int i = 0; i < STREAMS; i++) {
         free_operands(device, &found[i]);
     }
+    rig_close(&cpu);
+    rig_close(&there);
+    ac_device_unref(device);
+}
+
+/* In a stream where the lane has been, and in one where it has not: neither capture is disturbed,
+ * though any wait for their streams would end them. */
+static void
+captures_of_the_caller_are_refused(void)
+{
+    static operands expected, found;
+    void *stream[2], *graph;
+    ac_device *device = open_gpu();
+    if (!device) {
+        return;
+    }
+    rig_open(&cpu, "cpu", AC_F32);
+    rig_open(&there, "cuda", AC_F32);
+    make_operands(NULL, &expected, 10);
+    make_operands(device, &found, 10);
+    run_unet(&cpu, &expected, (ac_stream){0});
+    for (int i = 0; i < 2; i++) {
+        CHECK(cu.stream_new(&stream[i], 1) == 0);
+    }
+    CHECK(cu.to_device((uintptr_t)found.memory[0], found.x, sizeof found.x, stream[0]) == 0);
+    CHECK(cu.to_device((uintptr_t)found.memory[1], &found.timestep, 4, stream[0]) == 0);
+    CHECK(cu.to_device((uintptr_t)found.memory[2], found.states, sizeof found.states,
+                       stream[0]) == 0);
+    for (int round = 0; round < 4; round++) {
+        for (int i = 0; i < 2; i++) {
+            run_unet(&there, &found, (ac_stream){true, stream[0]});
+            CHECK(cu.capture(stream[i], 0) == 0);
+            CHECK_STATUS(try_unet(&there, &found, (ac_stream){true, stream[i]}), AC_E_UNSUPPORTED,
+                         "being captured");
+            CHECK(cu.capture_end(stream[i], &graph) == 0 && graph);
+            CHECK(cu.graph_free(graph) == 0);
+        }
+        run_unet(&there, &found, (ac_stream){true, stream[round % 2]});
+        CHECK(cu.to_host(found.out, (uintptr_t)found.memory[3], sizeof found.out,
+                         stream[round % 2]) == 0);
+        CHECK(cu.stream_sync(stream[round % 2]) == 0);
+        CHECK(distance(found.out, expected.out, COUNT) < 2e-5);
+    }
+    free_operands(device, &found);
     rig_close(&cpu);
     rig_close(&there);
     ac_device_unref(device);
@@ -525,7 +582,8 @@ two_hundred_runs_leave_memory_flat(void)
     ac_device_unref(device);
 }
 
-TEST_MAIN(TEST(callers_streams_are_followed), TEST(replays_are_the_same_bits),
+TEST_MAIN(TEST(callers_streams_are_followed), TEST(captures_of_the_caller_are_refused),
+          TEST(replays_are_the_same_bits),
           TEST(threads_run_at_once), TEST(a_second_gpu_gives_the_same_bits), TEST(loops_agree),
           TEST(samplers_are_the_same_bits),
           TEST(latents_that_are_not_finite_are_named), TEST(too_large_a_size_is_refused),
