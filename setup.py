@@ -34,6 +34,7 @@ def headers():
 
 
 HEADERS = {".h", ".def", ".inc"}
+CUDA_LIBRARY = "libaccel_cuda.so"
 
 
 def build_cuda(folder):
@@ -49,7 +50,7 @@ def build_cuda(folder):
     elif nvcc is None or make is None:
         print(f"accel: skipped the GPU part: no {'make' if nvcc else 'nvcc'} was found")
     else:
-        target = str(Path(folder).resolve() / "libaccel_cuda.so")
+        target = str(Path(folder).resolve() / CUDA_LIBRARY)
         # NVIDIA's headers may lie beside the user's PyTorch, which pip's isolation does not see.
         site = sysconfig.get_path("purelib")
         subprocess.run([make, f"-j{os.cpu_count() or 1}", f"NVCC={nvcc}", f"SITE={site}",
@@ -89,8 +90,10 @@ class BuildExt(build_ext):
 
     def run(self):
         super().run()
-        target = ROOT / "python" if self.inplace else Path(self.build_lib)
-        build_cuda(target / "accel")
+        folder = (ROOT / "python" if self.inplace else Path(self.build_lib)) / "accel"
+        if not self.inplace:  # an earlier build's would go into the wheel
+            (folder / CUDA_LIBRARY).unlink(missing_ok=True)
+        build_cuda(folder)
 
 
 readme = ROOT / "README.md"
