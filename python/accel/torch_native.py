@@ -168,6 +168,7 @@ class Native:
             self.laid_out = False
             for i in moved:
                 self._bind(i)
+            self._settle()
             self.prompts.clear()
             self.io.clear()
 
@@ -185,6 +186,7 @@ class Native:
     def _derive_again(self):
         for p, copy, _ in self.copies.values():
             copy.copy_(p)
+        self._settle()
         self.weights.invalidate()
         self.prompts.clear()
 
@@ -197,12 +199,20 @@ class Native:
         self.versions = [None] * len(self.names)
         for i in range(len(self.names)):
             self._bind(i)
+        self._settle()
         try:
             self.model = _core.Model(self.text, self.weights, self.device, self.passes_off)
         except DeviceError as error:  # no such device for accel: the reason is in the message
             self._unbind()
             raise Fallback(f"{self.device}: {error}") from None
         missed(self.device)
+
+    def _settle(self, moved=False):
+        """What was copied or moved is there for the other streams too, not only for this one."""
+        import torch
+
+        if not self.by_value and (moved or self.copies):
+            torch.cuda.synchronize(self.watch.device)
 
     def _bind(self, i):
         from .torch_watch import Fallback
@@ -266,6 +276,7 @@ class Native:
                 copy.copy_(p)
             self.weights.invalidate(name)
         if changed:
+            self._settle()
             self.prompts.clear()
         return changed
 
@@ -282,7 +293,9 @@ class Native:
             self.keys = {self.text: [d["key"] for d in plan["derived"]]}
         parameters = {name: d[key] for name, (_, d, key) in
                       zip(self.names, self.watch.parameters, strict=True)}
+        self._settle(moved=True)  # what others queued reads them where they are
         self.laid |= torch_layout.lay_out(self.keys[self.text], parameters)
+        self._settle(moved=True)
         for i in self.watch.moved():
             self._bind(i)
         self.prompts.clear()

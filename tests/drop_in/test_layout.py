@@ -201,8 +201,11 @@ def test_gradients_while_compiled():
 
 @pytest.fixture
 def _by_version(monkeypatch):
-    """Changes in place are looked for as on a GPU."""
+    """Changes in place are looked for as on a GPU; gives what was waited for."""
+    waits = []
     monkeypatch.setattr(Native, "by_value", False)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    return waits
 
 
 def adapt(m, kind="unet", **options):
@@ -289,6 +292,34 @@ def test_adapters_of_a_pipeline_between_two_pictures(sd_folder, tmp_path, part):
             b = draw(fast)
         assert abs(b - draw(plain)).max() < 3e-5 < 1e-3 < abs(b - a).max()
     assert not accel.report(fast)["components"][part]["fallbacks"]
+
+
+def test_what_is_moved_or_copied_is_there_for_all_streams(_by_version, monkeypatch):
+    """Before and after parameters move, and after copies are made; no other call waits."""
+    waits, lay_out = _by_version, torch_layout.lay_out
+
+    def watched(*args):
+        waits.append("lay out")
+        return lay_out(*args)
+
+    monkeypatch.setattr(torch_layout, "lay_out", watched)
+    fast = accel.compile(module("unet"))
+    args, _ = inputs("unet")
+    device = torch.device("cpu")
+    for expected in ([device, "lay out", device], []):
+        with ran(fast, native=1):
+            fast(*args)
+        assert waits == expected
+        waits.clear()
+    weight = fast.mid_block.attentions[0].transformer_blocks[0].ff.net[2].weight
+    weight.data = weight.data.t().contiguous().t()  # the engine reads a copy
+    for change, least in ((None, 1), (lambda: weight.mul_(2), 1), (None, 0)):
+        if change:
+            change()
+        waits.clear()
+        with ran(fast, native=1):
+            fast(*args)
+        assert waits.count(device) >= least if least else not waits, waits
 
 
 def test_the_verbs_of_adapters_are_given_back():
