@@ -132,7 +132,8 @@ class Loop:
         self.shown = a["callback_on_step_end_tensor_inputs"]
         self.callback, self.callback_steps = a["callback"], a["callback_steps"]
         self.rows, self.total = task.rows()
-        self.warmup = max(len(self.times) - self.total * self.scheduler.order, 0)
+        # of the steps asked for, as diffusers has it: denoising_end cuts later
+        self.warmup = max(len(self.times) - a["num_inference_steps"] * self.scheduler.order, 0)
         given = values.pop("latents")
         self.dtype = given.dtype
         self.latents = given.detach().to(torch.float32, copy=True).contiguous()
@@ -321,8 +322,11 @@ class Loop:
             self.values[name] = said.pop(name, self.values[name])
 
     def _marks(self):
-        """Tells later whether a condition is another tensor or holds other values."""
-        return [(t, t.clone() if t.is_inference() else t._version)
+        """Tells later whether a condition is another tensor or holds other values. Versions do not
+        count what is done to `t.data`: callbacks that are given conditions have values compared,
+        which waits for a GPU."""
+        given = not self.values.keys().isdisjoint(self.shown)
+        return [(t, t.clone() if given or t.is_inference() else t._version)
                 for t in self.task.conditions(self.values).values()]
 
     def _changed(self, native, model):
@@ -335,9 +339,9 @@ class Loop:
             return True
         now = self.task.conditions(self.values).values()
         for (before, mark), tensor in zip(self.seen, now, strict=True):
-            same = tensor is before and (torch.equal(tensor, mark) if tensor.is_inference()
-                                         else tensor._version == mark)
-            if not same:
+            if tensor is not before or not (
+                    torch.equal(tensor, mark) if isinstance(mark, torch.Tensor)
+                    else tensor._version == mark):
                 return True
         return native.touched(pipe.unet, model)
 

@@ -43,13 +43,15 @@ def test_callback_keeps_what_it_was_given(sd):
     assert (fast[0] - fast[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_callback_changes_conditions(xl, in_place):
+@pytest.mark.parametrize("how", ["another", "in place", "data"])
+def test_callback_changes_conditions(xl, how):
     def change(pipe, i, t, kwargs):
         if i == 1:
             for name in ("prompt_embeds", "add_text_embeds"):
-                if in_place:
+                if how == "in place":
                     kwargs[name] *= -1.5
+                elif how == "data":  # past the version counter
+                    kwargs[name].data.mul_(-1.5)
                 else:
                     kwargs[name] = kwargs[name] * -1.5
             kwargs["add_time_ids"] = kwargs["add_time_ids"] + 8
@@ -60,6 +62,18 @@ def test_callback_changes_conditions(xl, in_place):
                                                       "add_text_embeds", "add_time_ids"]}
     a = same(xl, **options)
     assert np.abs(a - same(xl, num_inference_steps=5)).max() > 10 * TOLERANCE
+
+
+def test_callback_changes_a_prompt_alone(sd):
+    """Nothing else tells: the same object, its version as before."""
+    def change(pipe, i, t, kwargs):
+        kwargs["prompt_embeds"].data.mul_(0.8)
+        return kwargs
+
+    options = {"callback_on_step_end": change, "num_inference_steps": 5,
+               "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    a = same(sd, **options)
+    assert np.abs(a - same(sd, num_inference_steps=5)).max() > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["pndm", "dpm", "sde", "dpm third"])

@@ -310,6 +310,29 @@ def test_progress_bar(sd, capfd):
     assert all("drawing: 100%" in s and "5/5" in s for s in said)
 
 
+@pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "dpm"])
+@pytest.mark.parametrize(("end", "every"), [(0.5, 1), (0.8, 2), (None, 3)])
+def test_steps_of_a_cut_run_are_counted_as_stock_counts_them(xl, monkeypatch, name, end, every):
+    use(xl, monkeypatch, name)
+    before = accel.report(xl[1])["loop"]["native"]
+    seen = []
+    for pipe in xl:
+        calls, bars = [], []
+
+        def bar(pipe=pipe, bars=bars, **options):
+            made = type(pipe).progress_bar(pipe, **options)
+            monkeypatch.setattr(made, "update", lambda n=1: bars.append(n))
+            return made
+
+        monkeypatch.setattr(pipe, "progress_bar", bar)
+        draw(pipe, num_inference_steps=10, denoising_end=end, output_type="latent",
+             callback=lambda i, t, latents, calls=calls: calls.append((i, int(t))),
+             callback_steps=every)
+        seen.append((calls, bars))
+    assert seen[0] == seen[1] and len(seen[0][0]) > 1
+    assert accel.report(xl[1])["loop"]["native"] == before + 1
+
+
 # ---- the class -----------------------------------------------------------------------------------
 
 
