@@ -159,6 +159,7 @@ ac_device_unref(ac_device *device)
         free_lane(device, lane);
     }
     device->backend->close(device->self);
+    ac_device_free_blocks(device);
     ac_free(device);
 }
 
@@ -224,7 +225,7 @@ ac_device_lane_reserve(ac_device *device, ac_device_lane *lane, size_t arena,
     }
     /* Freed first: the peak stays that of the larger plan alone. */
     ac_device_lane_shrink(device, lane);
-    AC_TRY(device->backend->alloc(device->self, arena, &lane->arena));
+    AC_TRY(ac_device_alloc(device, arena, &lane->arena));
     lane->arena_bytes = arena;
     lane->arena_id = atomic_fetch_add(&ids, 1) + 1;
     return AC_OK;
@@ -234,7 +235,7 @@ void
 ac_device_lane_shrink(ac_device *device, ac_device_lane *lane)
 {
     if (lane->arena) {
-        device->backend->free(device->self, lane->arena);
+        ac_device_free(device, lane->arena);
     }
     lane->arena = NULL;
     lane->arena_bytes = 0;
@@ -253,25 +254,56 @@ ac_device_trim(ac_device *device)
     ac_unlock(&lock);
 }
 
+size_t
+ac_device_make_room(ac_device *device, size_t arena)
+{
+    ac_device_lane *largest = NULL;
+    ac_lock(&lock);
+    for (ac_device_lane *lane = device->lanes; lane; lane = lane->next) {
+        if (!lane->busy && (!largest || lane->arena_bytes > largest->arena_bytes)) {
+            largest = lane;
+        }
+    }
+    size_t bytes = largest && largest->arena_bytes < arena ? largest->arena_bytes : 0;
+    if (bytes) {
+        ac_device_lane_shrink(device, largest);
+    }
+    ac_unlock(&lock);
+    return bytes;
+}
+
 /* ---- for what is no run ---------------------------------------------------------------------- */
+
+/* A lane of its own: one of the device's would get an arena sooner or later. */
+static ac_status
+open_aside(ac_device *device, ac_stream stream, ac_lane **out)
+{
+    const ac_backend *backend = device->backend;
+    AC_TRY(backend->lane_open(device->self, out));
+    ac_status status = AC_OK;
+    if (backend->lane_follow) {
+        status = backend->lane_follow(device->self, *out, stream);
+    }
+    if (status < 0) {
+        backend->lane_close(device->self, *out);
+    }
+    return status;
+}
 
 ac_status
 ac_device_order(ac_device *device, ac_stream before, ac_stream after)
 {
     const ac_backend *backend = device->backend;
-    ac_device_lane *lane;
+    ac_lane *lane;
     if (!backend->lane_follow || before.handle == after.handle) {
         return AC_OK;
     }
-    AC_TRY(ac_device_lane_take(device, NULL, &lane));
-    ac_status status = backend->lane_follow(device->self, lane->lane, before);
+    AC_TRY(open_aside(device, before, &lane));
+    ac_status status = backend->lane_mark(device->self, lane);
     if (status == AC_OK) {
-        status = backend->lane_mark(device->self, lane->lane);
+        status = backend->lane_follow(device->self, lane, after); /* waits for the mark */
     }
-    if (status == AC_OK) {
-        status = backend->lane_follow(device->self, lane->lane, after); /* waits for the mark */
-    }
-    ac_device_lane_give(device, lane);
+    backend->lane_close(device->self, lane);
     return status;
 }
 
@@ -279,18 +311,12 @@ ac_status
 ac_device_read(ac_device *device, ac_stream stream, void *to, const void *from, size_t bytes)
 {
     const ac_backend *backend = device->backend;
-    ac_device_lane *lane;
-    AC_TRY(ac_device_lane_take(device, NULL, &lane));
-    ac_status status = AC_OK;
-    if (backend->lane_follow) {
-        status = backend->lane_follow(device->self, lane->lane, stream);
-    }
+    ac_lane *lane;
+    AC_TRY(open_aside(device, stream, &lane));
+    ac_status status = backend->download(device->self, lane, to, from, bytes);
     if (status == AC_OK) {
-        status = backend->download(device->self, lane->lane, to, from, bytes);
+        status = backend->sync(device->self, lane);
     }
-    if (status == AC_OK) {
-        status = backend->sync(device->self, lane->lane);
-    }
-    ac_device_lane_give(device, lane);
+    backend->lane_close(device->self, lane);
     return status;
 }

@@ -58,6 +58,9 @@ typedef struct ac_backend {
     ac_status (*download)(void *self, ac_lane *lane, void *to, const void *from, size_t bytes);
     ac_status (*copy)(void *self, ac_lane *lane, void *to, const void *from, size_t bytes);
     ac_status (*sync)(void *self, ac_lane *lane);
+    /* Waits for a stream, and for all of the device where none is given; NULL where a launch
+     * returns when its work is done. */
+    ac_status (*wait)(void *self, ac_stream stream);
     /* Streams; all NULL where a launch returns when its work is done (CPU, null).
      * follow: the lane's work from now on is in the order of `stream`, and after what the lane did
      * elsewhere before its last mark.  mark: ends a run.  wait: the lane's work from now on comes
@@ -99,12 +102,27 @@ typedef struct ac_device_lane {
     struct ac_device_lane *next;
 } ac_device_lane;
 
+/* An allocator of device memory that is not the backend's: PyTorch's.  Called by any thread, under
+ * locks of the engine: it must not wait for one that a caller of the engine may hold, as the GIL.
+ */
+typedef struct ac_memory {
+    /* *handle is what free takes; the memory is what it was promised to be only after what is in
+     * *stream now. */
+    ac_status (*alloc)(void *self, int32_t index, size_t bytes, void **out, void **handle,
+                       void **stream);
+    void (*free)(void *handle);
+    void *self; /* outlives the process */
+} ac_memory;
+
+typedef struct ac_blocks ac_blocks; /* device_memory.c's */
+
 typedef struct ac_device {
     const ac_backend *backend;
     void *self;
     ac_caps caps;
     int32_t index, references;
     ac_device_lane *lanes; /* as many as there were runs at once */
+    ac_blocks *blocks;     /* NULL: all memory is the backend's; set once, atomically */
 } ac_device;
 
 /* "cpu", "null", "cuda", "cuda:1".  Refcounted; the same name gives the same device. */
@@ -113,6 +131,14 @@ ac_status ac_device_open(const char *name, ac_device **out);
 void ac_device_add_backend(const ac_backend *backend);
 ac_device *ac_device_ref(ac_device *device);
 void ac_device_unref(ac_device *device);
+
+/* Memory for what the engine keeps on the device; aligned as the backend's. */
+ac_status ac_device_alloc(ac_device *device, size_t bytes, void **out);
+/* To where it came from, after all that was queued on the device. */
+void ac_device_free(ac_device *device, void *memory);
+/* Memory is from there from now on.  The first one stays; a device of host memory needs none. */
+ac_status ac_device_set_memory(ac_device *device, const ac_memory *memory);
+void ac_device_free_blocks(ac_device *device); /* device.c's, at the end */
 
 /* A free lane for the caller alone, the preferred one if it is free (NULL: any); a new one when
  * all are busy.  Give it back when the run is over. */
@@ -125,6 +151,9 @@ ac_status ac_device_lane_reserve(ac_device *device, ac_device_lane *lane, size_t
 void ac_device_lane_shrink(ac_device *device, ac_device_lane *lane);
 /* Frees the arenas of all lanes that nobody has taken (offload). */
 void ac_device_trim(ac_device *device);
+/* Frees the largest of these where it is smaller than `arena`, so that an allocator that keeps
+ * memory can give it back before a run asks for more.  Returns its bytes, or 0. */
+size_t ac_device_make_room(ac_device *device, size_t arena);
 
 /* What is queued in stream `after` from now on comes after all that is in stream `before` now. */
 ac_status ac_device_order(ac_device *device, ac_stream before, ac_stream after);

@@ -76,7 +76,7 @@ static void
 release(ac_exec *e, void **memory)
 {
     if (*memory) {
-        e->plan->device->backend->free(e->plan->device->self, *memory);
+        ac_device_free(e->plan->device, *memory);
         *memory = NULL;
     }
 }
@@ -143,7 +143,7 @@ ac_exec_memory(ac_exec *e, size_t bytes, void **out)
     if (bytes > e->extra_bytes) {
         release(e, &e->extra);
         e->extra_bytes = 0;
-        ac_status status = device->backend->alloc(device->self, bytes, &e->extra);
+        ac_status status = ac_device_alloc(device, bytes, &e->extra);
         if (status == AC_E_MEMORY) {
             char message[1024];
             snprintf(message, sizeof message, "%s", ac_error_message());
@@ -330,7 +330,7 @@ run_on(ac_exec *e, ac_device_lane *lane, const ac_run *run)
     ac_device *device = plan->device;
     AC_TRY(ac_device_lane_reserve(device, lane, plan->arena_bytes, plan->worker_scratch));
     if (plan->keep_bytes && !e->keep) {
-        AC_TRY(device->backend->alloc(device->self, plan->keep_bytes, &e->keep));
+        AC_TRY(ac_device_alloc(device, plan->keep_bytes, &e->keep));
     }
     AC_TRY(ac_exec_place_edges(e, run));
     AC_TRY(ac_exec_derive(e, lane)); /* last: its own failure frees what it made */

@@ -94,7 +94,6 @@ wants_slot(const ac_exec *e, ac_val v, const ac_run *run)
 ac_status
 ac_exec_place_edges(ac_exec *e, const ac_run *run)
 {
-    const ac_device *device = e->plan->device;
     for (int32_t i = 0; i < e->n_edges; i++) {
         ac_val v = e->edge_at[i];
         ac_edge *edge = &e->edges[v];
@@ -104,7 +103,7 @@ ac_exec_place_edges(ac_exec *e, const ac_run *run)
             continue;
         }
         if (!e->slots) {
-            AC_TRY(device->backend->alloc(device->self, e->slot_bytes, &e->slots));
+            AC_TRY(ac_device_alloc(e->plan->device, e->slot_bytes, &e->slots));
         }
         if (!is_dense(&edge->caller)) { /* packed on the way, see upload */
             ac_shape_strides(&e->bound[v].shape, e->bound[v].stride);

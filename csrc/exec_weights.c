@@ -61,7 +61,7 @@ static void
 release_derived(ac_exec *e, ac_derived *d)
 {
     if (d->data && !d->borrowed) {
-        e->plan->device->backend->free(e->plan->device->self, d->data);
+        ac_device_free(e->plan->device, d->data);
     }
     d->data = NULL;
     d->bytes = 0;
@@ -78,7 +78,7 @@ derived_memory(ac_exec *e, ac_derived *d, size_t bytes, bool *fresh)
     }
     if (!d->data) {
         d->valid = false;
-        AC_TRY(device->backend->alloc(device->self, bytes, &d->data));
+        AC_TRY(ac_device_alloc(device, bytes, &d->data));
         d->bytes = bytes;
         *fresh = true;
     }
@@ -221,7 +221,7 @@ allocate_staging(ac_exec *e)
     for (int32_t i = 0; i < e->plan->n_derived; i++) {
         most = AC_MAX(most, e->derived[i]->valid ? 0 : staged_bytes(e, i));
     }
-    return most ? device->backend->alloc(device->self, most, &e->staging) : AC_OK;
+    return most ? ac_device_alloc(device, most, &e->staging) : AC_OK;
 }
 
 static ac_status
@@ -434,7 +434,7 @@ release_staging(ac_exec *e, ac_device_lane *lane)
     ac_device *device = e->plan->device;
     if (e->staging) {
         device->backend->sync(device->self, lane->lane);
-        device->backend->free(device->self, e->staging);
+        ac_device_free(device, e->staging);
         e->staging = NULL;
     }
 }

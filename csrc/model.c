@@ -83,6 +83,12 @@ init(ac_model *m, const ac_json *config, ac_weights *weights, const char *device
     return AC_OK;
 }
 
+static void
+release_memory(void *device, void *memory)
+{
+    ac_device_free(device, memory);
+}
+
 ac_status
 ac_model_new(const ac_json *config, ac_weights *weights, const char *device,
              const char *passes_off, ac_model **out)
@@ -95,7 +101,7 @@ ac_model_new(const ac_json *config, ac_weights *weights, const char *device,
     pthread_mutex_init(&m->lock, NULL);
     ac_status status = init(m, config, weights, device, passes_off);
     if (status == AC_OK && weights) {
-        status = ac_weights_set_release(weights, m->device->backend->free, m->device->self);
+        status = ac_weights_set_release(weights, release_memory, m->device);
         m->joined = status == AC_OK;
     }
     if (status < 0) {
@@ -476,6 +482,21 @@ ac_model_drop_plans(ac_model *m)
     drop_idle(m);
     ac_unlock(&m->lock);
     ac_device_trim(m->device);
+}
+
+ac_status
+ac_model_make_room(ac_model *m, const ac_build_args *args, size_t *freed)
+{
+    cached_plan *p;
+    size_t arena = 0;
+    ac_lock(&m->lock);
+    ac_status status = find_plan(m, args, &p);
+    if (status == AC_OK) {
+        arena = p->plan->arena_bytes;
+    }
+    ac_unlock(&m->lock);
+    *freed = status == AC_OK ? ac_device_make_room(m->device, arena) : 0;
+    return status;
 }
 
 /* ---- looking in ------------------------------------------------------------------------------ */

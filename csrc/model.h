@@ -28,6 +28,9 @@ ac_status ac_model_take(ac_model *model, const ac_build_args *args, uint64_t pro
                         ac_exec **out);
 void ac_model_give(ac_model *model, ac_exec *exec);
 
+/* Before a run of this shape, where memory is somebody else's: ac_device_make_room for it. */
+ac_status ac_model_make_room(ac_model *model, const ac_build_args *args, size_t *freed);
+
 /* Outputs of the graph for this shape, in order; the caller frees *out with ac_free.  Names live
  * as long as the plan: copy them. */
 typedef struct ac_io {

@@ -36,6 +36,7 @@ LAYERS = [
         [
             "kernel",
             "device",
+            "device_memory",
             "backend_cuda",
             "plan",
             "plan_internal",

@@ -39,14 +39,36 @@ typedef struct DLManagedTensor {
     void (*deleter)(struct DLManagedTensor *self);
 } DLManagedTensor;
 
+typedef struct DLPackVersion {
+    uint32_t major, minor;
+} DLPackVersion;
+
 typedef struct DLManagedTensorVersioned {
-    struct {
-        uint32_t major, minor;
-    } version;
+    DLPackVersion version;
     void *manager_ctx;
     void (*deleter)(struct DLManagedTensorVersioned *self);
     uint64_t flags;
     DLTensor dl_tensor;
 } DLManagedTensorVersioned;
+
+/* What a tensor library offers beside Python; its capsule is named "dlpack_exchange_api". */
+typedef struct DLPackExchangeAPIHeader {
+    DLPackVersion version;
+    struct DLPackExchangeAPIHeader *prev_api; /* of another major version, or NULL */
+} DLPackExchangeAPIHeader;
+
+typedef struct DLPackExchangeAPI {
+    DLPackExchangeAPIHeader header;
+    /* A new tensor of the prototype's dtype, shape and device; 0 or -1. */
+    int (*managed_tensor_allocator)(DLTensor *prototype, DLManagedTensorVersioned **out,
+                                    void *context, void (*set_error)(void *context,
+                                                                     const char *kind,
+                                                                     const char *message));
+    int (*managed_tensor_from_py_object_no_sync)(void *object, DLManagedTensorVersioned **out);
+    int (*managed_tensor_to_py_object_no_sync)(DLManagedTensorVersioned *tensor, void **out);
+    int (*dltensor_from_py_object_no_sync)(void *object, DLTensor *out);
+    /* The calling thread's current stream. */
+    int (*current_work_stream)(int32_t device_type, int32_t device_id, void **out);
+} DLPackExchangeAPI;
 
 #endif

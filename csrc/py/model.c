@@ -249,6 +249,46 @@ model_run(PyObject *self, PyObject *args, PyObject *keywords)
     Py_RETURN_NONE;
 }
 
+/* ---- memory ---------------------------------------------------------------------------------- */
+
+static PyObject *
+model_use_memory(PyObject *self, PyObject *capsule)
+{
+    ac_memory memory;
+    int known = ac_py_memory_of(capsule, &memory);
+    if (known < 0) {
+        return NULL;
+    }
+    if (known) {
+        ac_device *device = ac_model_device(of(self));
+        ac_status status = ac_device_set_memory(device, &memory);
+        if (status < 0) {
+            return ac_py_raise(ac_py_state_of(self), status);
+        }
+        known = device->blocks != NULL;
+    }
+    return PyBool_FromLong(known);
+}
+
+static PyObject *
+model_make_room(PyObject *self, PyObject *arg)
+{
+    ac_py_state *state = ac_py_state_of(self);
+    ac_build_args args;
+    size_t freed;
+    if (ac_py_build_args(state, arg, &args) < 0) {
+        return NULL;
+    }
+    ac_status status;
+    PyObject *weights = ((ac_py_model *)self)->weights;
+    ac_py_weights_busy(weights, 1);
+    Py_BEGIN_ALLOW_THREADS
+    status = ac_model_make_room(of(self), &args, &freed);
+    Py_END_ALLOW_THREADS
+    ac_py_weights_busy(weights, -1);
+    return status < 0 ? ac_py_raise(state, status) : PyLong_FromSize_t(freed);
+}
+
 /* ---- looking in ------------------------------------------------------------------------------ */
 
 /* `text` as a str, or the error; frees it. */
@@ -354,6 +394,13 @@ static PyMethodDef methods[] = {
                "and the weights are those of the earlier run.  A model on a GPU takes tensors of "
                "that GPU and of the host.  With a stream (torch's cuda_stream) the work is queued "
                "there, and waited for only where a result goes to the host.")},
+    {"use_memory", model_use_memory, METH_O,
+     PyDoc_STR("use_memory(api)\n--\n\nThe model's GPU takes its memory from the allocator of a "
+               "DLPack exchange API (torch.Tensor.__dlpack_c_exchange_api__) from now on; whether "
+               "it does.")},
+    {"make_room", model_make_room, METH_O,
+     PyDoc_STR("make_room(args)\n--\n\nFrees memory for activations that a run of these args "
+               "would have to replace; how many bytes.")},
     {"explain", (PyCFunction)(void (*)(void))model_explain, METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("explain(args, json=False, passes=False)\n--\n\nThe plan as text or JSON; with "
                "passes the graph as built and after each pass before it.")},

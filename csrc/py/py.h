@@ -76,6 +76,12 @@ int ac_py_weights_of(ac_py_state *state, PyObject *object, ac_weights **out);
 /* Runs and checks hold this while they are without the GIL: bindings must not move then. */
 void ac_py_weights_busy(PyObject *weights, int by);
 
+/* ---- memory.c -------------------------------------------------------------------------------- */
+
+/* The allocator of a DLPack exchange API in a capsule: 1, or 0 for a version that we do not know,
+ * or -1. */
+int ac_py_memory_of(PyObject *capsule, ac_memory *out);
+
 /* ---- model.c, loop.c ------------------------------------------------------------------------- */
 
 int ac_py_add_model(PyObject *module);

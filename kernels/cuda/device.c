@@ -372,7 +372,8 @@ cuda_event_new(void *self, ac_event **out)
     }
     ac_status status = ac_cuda_device_enter(self, &previous);
     if (status == AC_OK) {
-        cudaError_t made = cudaEventCreateWithFlags(&event->event, cudaEventDisableTiming);
+        cudaError_t made = cudaEventCreateWithFlags(&event->event, cudaEventDisableTiming |
+                                                                    cudaEventBlockingSync);
         status = ac_cuda_check(made, "cudaEventCreateWithFlags");
         status = ac_cuda_device_leave(self, previous, status);
     }
@@ -420,6 +421,16 @@ cuda_sync(void *self, ac_lane *lane)
     AC_TRY(ac_cuda_device_enter(self, &previous));
     cudaError_t status = cudaStreamSynchronize(lane->stream);
     return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "cudaStreamSynchronize"));
+}
+
+static ac_status
+cuda_wait(void *self, ac_stream stream)
+{
+    int previous;
+    AC_TRY(ac_cuda_device_enter(self, &previous));
+    cudaError_t status = stream.given ? cudaStreamSynchronize((cudaStream_t)stream.handle)
+                                      : cudaDeviceSynchronize();
+    return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "wait"));
 }
 
 /* ---- points in time -------------------------------------------------------------------------- */
@@ -602,6 +613,7 @@ ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out)
         .download = cuda_download,
         .copy = cuda_copy,
         .sync = cuda_sync,
+        .wait = cuda_wait,
         .sampler = ac_cuda_sampler,
         .lane_follow = cuda_lane_follow,
         .lane_mark = cuda_lane_mark,

@@ -91,6 +91,7 @@ class Native:
         self.copies = {}       # name -> (parameter, contiguous copy, checksum or None)
         self.raw = None        # Weights over the copied parameters' memory, on the CPU
         self.laid_out = False
+        self.shares = False    # the engine's memory is PyTorch's
         self.prompts = []      # newest last: (tensors, token)
         self.unwatched = None  # see _prompt_weights
         self.prompt_checksum = None
@@ -206,6 +207,7 @@ class Native:
             self._unbind()
             raise Fallback(f"{self.device}: {error}") from None
         missed(self.device)
+        self.shares = self.device != "cpu" and share_memory(self.model)
 
     def _settle(self, moved=False):
         """What was copied or moved is there for the other streams too, not only for this one."""
@@ -302,6 +304,17 @@ class Native:
         if self.watch.device.type == "cuda":
             torch_layout.give_back()
 
+    def _make_room(self, args):
+        """PyTorch's allocator keeps what it gets back: memory for activations that is too small
+        for this run goes to the GPU first, not to be kept beside the larger one."""
+        from . import torch_layout
+
+        if not self.shares:
+            return
+        with contextlib.suppress(*REFUSALS):  # the run will say it
+            if self.model.make_room(args):
+                torch_layout.give_back()
+
     # ---- for the loop of a pipeline --------------------------------------------------------------
 
     def examine(self, module):
@@ -319,6 +332,7 @@ class Native:
             self._follow(module)
             args.update(self.precision)
             self._lay_out(args)
+            self._make_room(args)
             self._check_sources()
             self._prompt_weights_changed()
             model = self.model
@@ -455,6 +469,7 @@ class Native:
                 request.args.update(self.precision)
                 stream = torch.cuda.current_stream(device).cuda_stream
             self._lay_out(request.args)
+            self._make_room(request.args)
             self._check_sources()
             token = self._token(request.prompt)
             model = self.model
@@ -482,6 +497,15 @@ class Native:
             self.io[key] = [(name, shape, dtype) for name, shape, dtype, is_output
                             in self.model.io(args) if is_output]
         return self.io[key]
+
+
+def share_memory(model):
+    """Lets the model's GPU take memory from PyTorch's allocator; whether it does. Versions before
+    2.10 publish no C functions for that, which alone can be called without the GIL."""
+    import torch
+
+    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    return api is not None and model.use_memory(api)
 
 
 def with_room(device, run, again=lambda: True):

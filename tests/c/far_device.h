@@ -53,6 +53,7 @@ static struct {
     int64_t fail_at;         /* the n-th allocation from now fails; 0: none */
     bool fail_recording;
     int64_t allocations, launches, uploads, downloads, replays, follows, waits, syncs, events;
+    int64_t stream_waits, device_waits; /* far_wait's */
     int64_t copies;          /* within far memory, not recorded ones */
     size_t uploaded;         /* bytes */
     int32_t recordings;      /* alive */
@@ -397,6 +398,15 @@ far_sync(void *self, ac_lane *lane)
 }
 
 static ac_status
+far_wait(void *self, ac_stream stream)
+{
+    (void)self;
+    far.stream_waits += stream.given;
+    far.device_waits += !stream.given;
+    return AC_OK;
+}
+
+static ac_status
 far_lane_follow(void *self, ac_lane *lane, ac_stream stream)
 {
     far_lane *l = (far_lane *)lane;
@@ -517,7 +527,8 @@ static const ac_backend far_backend = {
     .abi = AC_ABI, .name = "far", .kernels = far_kernels, .open = far_open,
     .close = far_close, .alloc = far_alloc, .free = far_free, .lane_open = far_lane_open,
     .lane_close = far_lane_close, .lane_reserve = far_lane_reserve, .upload = far_upload,
-    .download = far_download, .copy = far_copy, .sync = far_sync, .lane_follow = far_lane_follow,
+    .download = far_download, .copy = far_copy, .sync = far_sync, .wait = far_wait,
+    .lane_follow = far_lane_follow,
     .lane_mark = far_lane_mark, .lane_wait = far_lane_wait, .event_new = far_event_new,
     .event_free = far_event_free, .event_record = far_event_record, .event_wait = far_event_wait,
     .sampler = far_sampler, .record_begin = far_record_begin, .record_end = far_record_end,

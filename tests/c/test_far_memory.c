@@ -214,6 +214,117 @@ many_sizes_leave_memory_flat(void)
     close_both();
 }
 
+/* ---- another allocator ----------------------------------------------------------------------- */
+
+/* Hands out far memory, in the order of a stream of its own. */
+typedef struct other_memory {
+    int64_t given, back, fail_at;
+    int32_t index;
+} other_memory;
+
+typedef struct handle {
+    other_memory *owner;
+    void *memory;
+} handle;
+
+static ac_status
+other_alloc(void *self, int32_t index, size_t bytes, void **out, void **made, void **stream)
+{
+    other_memory *other = self;
+    handle *h = malloc(sizeof *h);
+    CHECK(h);
+    if (other->fail_at && --other->fail_at == 0) {
+        free(h);
+        return ac_error(AC_E_MEMORY, "other: none left");
+    }
+    CHECK_OK(far_alloc(NULL, bytes, out));
+    *h = (handle){other, *out};
+    other->given++;
+    other->index = index;
+    *made = h;
+    *stream = (void *)(uintptr_t)5;
+    return AC_OK;
+}
+
+static void
+other_free(void *made)
+{
+    handle *h = made;
+    h->owner->back++;
+    far_free(NULL, h->memory);
+    free(h);
+}
+
+/* Waited for when it comes and before it goes; what was there before goes back where it was from.
+ * Without a byte left, nothing of the failed run stays. */
+static void
+another_allocator_serves_from_then_on(void)
+{
+    other_memory other = {.index = -1}, second = {0};
+    open_both();
+    want = (request){.schedule = schedules[5], .guidance = 2.0};
+    CHECK_OK(denoise(&cpu, &want));
+    got = want;
+    CHECK_OK(denoise(&there, &got));
+    int64_t own = far.blocks;
+    CHECK(own > 0);
+    CHECK_OK(ac_device_set_memory(ac_model_device(there.model),
+                                  &(ac_memory){other_alloc, other_free, &other}));
+    CHECK_OK(ac_device_set_memory(ac_model_device(there.model),
+                                  &(ac_memory){other_alloc, other_free, &second}));
+    ac_model_drop_plans(there.model);
+    ac_weights_drop_derived(there.weights);
+    CHECK_INT(far.blocks, 0);
+    for (int64_t nth = 0; nth < 40; nth++) {
+        int64_t live = other.given - other.back;
+        got = want;
+        other.fail_at = nth;
+        ac_status status = denoise(&there, &got);
+        if (status < 0) {
+            CHECK_STATUS(status, AC_E_MEMORY, "which are free, but not for this process");
+            CHECK(other.given - other.back <= live);
+        } else {
+            same_latents(&got, &want);
+        }
+        if (nth % 4 == 3) {
+            ac_model_drop_plans(there.model);
+            ac_weights_drop_derived(there.weights);
+        }
+        CHECK_INT(other.given - other.back, far.blocks);
+    }
+    CHECK(other.given >= 40 && second.given == 0);
+    CHECK_INT(other.index, 0);
+    CHECK_INT(far.stream_waits, other.given);
+    CHECK_INT(far.device_waits, other.back);
+    close_both();
+    CHECK_INT(other.given, other.back);
+}
+
+/* A run finds the room that the idle lane's smaller arena leaves, and nobody else's. */
+static void
+room_is_made_for_larger_plans(void)
+{
+    static float out[COUNT * 36];
+    ac_build_args args = {.entry = "forward", .batch = IMAGES, .height = SIZE, .width = SIZE,
+                          .tokens = TOKENS, .timesteps = 1};
+    size_t freed;
+    open_both();
+    CHECK_OK(ac_model_make_room(there.model, &args, &freed));
+    CHECK_INT(freed, 0); /* nothing is there */
+    CHECK_OK(call(&there, SIZE, (ac_stream){0}, true, out));
+    CHECK_OK(ac_model_make_room(there.model, &args, &freed));
+    CHECK_INT(freed, 0); /* it is large enough */
+    args.height = args.width = MOST;
+    size_t live = far.live;
+    CHECK_OK(ac_model_make_room(there.model, &args, &freed));
+    CHECK(freed > 0 && live - far.live == freed);
+    CHECK_OK(call(&there, MOST, (ac_stream){0}, true, out));
+    CHECK_OK(ac_model_make_room(there.model, &args, &freed));
+    CHECK_INT(freed, 0);
+    close_both();
+}
+
 TEST_MAIN(TEST(only_what_steps_read_stays), TEST(laid_out_weights_are_borrowed),
           TEST(out_of_memory_leaves_nothing), TEST(dropped_memory_comes_back),
-          TEST(many_sizes_leave_memory_flat))
+          TEST(many_sizes_leave_memory_flat),
+          TEST(another_allocator_serves_from_then_on), TEST(room_is_made_for_larger_plans))
