@@ -19,6 +19,7 @@ import torch
 from .compile_ import PIPES
 from .torch_loop import Draws, Loop, check_scheduler, native_unet
 from .torch_native import FallbackWarning
+from .torch_upcast import KEY
 from .torch_watch import Fallback, check_autocast, check_state, is_capturing
 
 # Arguments of __call__ that the native loop honours; another one that is not at its default runs
@@ -355,7 +356,8 @@ class StableDiffusionXL(StableDiffusion):
         image = vae.decode(latents, return_dict=False)[0]
         if upcast:
             vae.to(dtype=torch.float16)
-        return image
+        # a compiled one needs no upcast; the picture has the dtype that it would have had
+        return image.float() if config.get(KEY) and vae.dtype == torch.float16 else image
 
 
 TASKS = {"StableDiffusionPipeline": StableDiffusion,

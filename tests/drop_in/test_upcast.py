@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from dropin import draw, loop_ran, pipeline
 
 import accel
 
@@ -61,6 +62,24 @@ def test_a_config_that_says_false():
     assert module.config is before
     accel.decompile(module)
     assert module.config is before and module.config.force_upcast is False
+
+
+@pytest.mark.parametrize("kind", ["pt", "np", "latent"])
+@pytest.mark.parametrize("upcast", [True, False])
+def test_dtypes_of_a_pipeline_s_pictures(sdxl_folder, kind, upcast):
+    """Those of stock, which decodes in float32 where the config says so."""
+    plain, fast = (pipeline(sdxl_folder).to(torch.float16) for _ in range(2))
+    for pipe in (plain, fast):
+        pipe.vae.register_to_config(force_upcast=upcast)
+    accel.compile(fast)
+    options = {"output_type": kind, "num_inference_steps": 2}
+    with loop_ran(fast):
+        found = draw(fast, **options)
+    truth = draw(plain, **options)
+    assert found.dtype == truth.dtype and found.shape == truth.shape
+    assert fast.vae.dtype == plain.vae.dtype == torch.float16
+    assert accel.report(fast)["components"]["vae"]["native_runs"] == (kind != "latent")
+    assert abs(found - truth).max() < 0.05 * abs(truth).max()
 
 
 @pytest.mark.parametrize("entry", ["decode", "encode"])
