@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* ---- errors --------------------------------------------------------------------------------- */
 
@@ -178,6 +179,16 @@ int64_t
 ac_alloc_live(void)
 {
     return atomic_load(&live_allocations);
+}
+
+/* ---- time ----------------------------------------------------------------------------------- */
+
+double
+ac_now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
 }
 
 /* ---- arena ---------------------------------------------------------------------------------- */

@@ -79,6 +79,9 @@ ac_status ac_no_memory(size_t bytes);
 void ac_alloc_fail_at(int64_t nth);
 int64_t ac_alloc_live(void); /* allocations not yet freed, for leak tests */
 
+/* Milliseconds since some moment; only forward. */
+double ac_now_ms(void);
+
 /* Checked arithmetic: false on overflow, *out untouched. */
 static inline bool
 ac_mul_size(size_t a, size_t b, size_t *out)

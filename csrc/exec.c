@@ -451,9 +451,3 @@ ac_exec_run(ac_exec *e, ac_rate from)
 {
     return ac_exec_run_with(e, &(ac_run){.from = from});
 }
-
-int64_t
-ac_exec_replays(const ac_exec *e)
-{
-    return e->replays;
-}

@@ -59,8 +59,6 @@ ac_status ac_exec_run(ac_exec *exec, ac_rate from);
 /* Device memory that the caller keeps with the exec: at least `bytes`, at the same address until
  * more is asked for or a run was out of memory.  What it held is lost when it moves. */
 ac_status ac_exec_memory(ac_exec *exec, size_t bytes, void **out);
-/* How many runs replayed a recording. */
-int64_t ac_exec_replays(const ac_exec *exec);
 
 /* The caller's mark of what the last PROMPT section was computed from; 0: nothing. */
 uint64_t ac_exec_prompt(const ac_exec *exec);

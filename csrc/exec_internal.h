@@ -55,7 +55,6 @@ struct ac_exec {
     ac_recording *recording; /* NULL: none */
     uint64_t recorded;       /* key of `recording` */
     uint64_t seen;           /* key of the last eager step section, 0: none */
-    int64_t replays;
 
     ac_arena memory;         /* of the arrays above */
 };

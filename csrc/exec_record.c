@@ -47,7 +47,6 @@ static ac_status
 replay(ac_exec *e, ac_device_lane *lane)
 {
     const ac_device *device = e->plan->device;
-    e->replays++;
     return device->backend->replay(device->self, lane->lane, e->recording);
 }
 

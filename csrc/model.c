@@ -8,7 +8,6 @@
 #include "passes/passes.h"
 
 #include <string.h>
-#include <time.h>
 
 /* Plans kept.  A UNet of SDXL costs about 2 MB a plan on the host, and what its execs keep. */
 #define MAX_PLANS 8
@@ -174,14 +173,6 @@ ac_model_device(ac_model *m)
 
 /* ---- plans ----------------------------------------------------------------------------------- */
 
-static double
-now_ms(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
-}
-
 /* The entry as the class's own string, so that args can be compared and kept. */
 static ac_status
 own_args(const ac_model *m, const ac_build_args *args, ac_build_args *out)
@@ -249,7 +240,7 @@ build_graph(const ac_model *m, const ac_build_args *args, const ac_dumps *dumps,
 static ac_status
 new_plan(ac_model *m, const ac_build_args *args, cached_plan **out)
 {
-    double start = now_ms();
+    double start = ac_now_ms();
     cached_plan *p = ac_calloc(1, sizeof *p);
     if (!p) {
         return ac_no_memory(sizeof *p);
@@ -264,7 +255,7 @@ new_plan(ac_model *m, const ac_build_args *args, cached_plan **out)
         ac_free(p);
         return status;
     }
-    m->plan_ms = now_ms() - start;
+    m->plan_ms = ac_now_ms() - start;
     ac_log(2, "%s %s: batch %lld, %lldx%lld: %d steps, arena %.1f MB, planned in %.1f ms",
            m->cls->name, args->entry, (long long)args->batch, (long long)args->height,
            (long long)args->width, p->plan->n_steps, (double)p->plan->arena_bytes / 1e6,

@@ -10,7 +10,6 @@
 #include "exec_internal.h"
 
 #include <string.h>
-#include <time.h>
 
 #define REPEATS 10
 
@@ -24,14 +23,6 @@ typedef struct timer {
     double *ms;         /* between neighbouring marks */
 } timer;
 
-static double
-now_ms(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
-}
-
 static ac_status
 mark(timer *t, int32_t index)
 {
@@ -39,7 +30,7 @@ mark(timer *t, int32_t index)
     if (device->backend->time_mark) {
         return device->backend->time_mark(device->self, t->lane->lane, index);
     }
-    t->host[index] = now_ms();
+    t->host[index] = ac_now_ms();
     return AC_OK;
 }
 

@@ -99,11 +99,12 @@ device_entry(const ac_device *device)
                          "missed", missed);
 }
 
-static PyObject *
-py_device(PyObject *module, PyObject *args)
+/* The device that the arguments name, for the caller to unref; NULL with an exception set. */
+static ac_device *
+open_device(PyObject *module, PyObject *args, const char *format)
 {
     const char *name;
-    if (!PyArg_ParseTuple(args, "s:device", &name)) {
+    if (!PyArg_ParseTuple(args, format, &name)) {
         return NULL;
     }
     ac_device *device;
@@ -112,7 +113,18 @@ py_device(PyObject *module, PyObject *args)
     status = ac_device_open(name, &device);
     Py_END_ALLOW_THREADS
     if (status < 0) {
-        return ac_py_raise(PyModule_GetState(module), status);
+        ac_py_raise(PyModule_GetState(module), status);
+        return NULL;
+    }
+    return device;
+}
+
+static PyObject *
+py_device(PyObject *module, PyObject *args)
+{
+    ac_device *device = open_device(module, args, "s:device");
+    if (!device) {
+        return NULL;
     }
     PyObject *result = device_entry(device);
     ac_device_unref(device);
@@ -122,22 +134,14 @@ py_device(PyObject *module, PyObject *args)
 static PyObject *
 py_trim(PyObject *module, PyObject *args)
 {
-    const char *name;
-    if (!PyArg_ParseTuple(args, "s:trim", &name)) {
+    ac_device *device = open_device(module, args, "s:trim");
+    if (!device) {
         return NULL;
     }
-    ac_device *device;
-    ac_status status;
     Py_BEGIN_ALLOW_THREADS
-    status = ac_device_open(name, &device);
-    if (status == AC_OK) {
-        ac_device_trim(device);
-        ac_device_unref(device);
-    }
+    ac_device_trim(device);
+    ac_device_unref(device);
     Py_END_ALLOW_THREADS
-    if (status < 0) {
-        return ac_py_raise(PyModule_GetState(module), status);
-    }
     Py_RETURN_NONE;
 }
 

@@ -29,11 +29,6 @@ _ALIASES = {
 _KARRAS = "_karras"
 
 
-def scheduler_names():
-    """Short names that `scheduler=` takes; "_karras" may follow the ones that have sigmas."""
-    return list(_SHORT)
-
-
 def _by_name(name):
     """Class and options of a short name or a class name."""
     key = name.lower().replace("-", "_").replace(" ", "_")

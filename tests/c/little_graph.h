@@ -186,32 +186,51 @@ little_bind_outputs(const ac_graph *g, ac_exec *exec, little_result *out)
     }
 }
 
-/* Plans g (and takes it over), runs it and fills out->data. */
-static inline void
-little_execute(ac_graph *g, uint64_t seed, little_result *out)
-{
+/* A graph on a device, with its weights and inputs. */
+typedef struct little_rig {
     ac_device *device;
     ac_plan *plan;
     ac_exec *exec;
     ac_weights *weights;
-    little_memory memory = {0};
+    little_memory memory;
+} little_rig;
+
+/* Takes g over. */
+static inline void
+little_open(little_rig *r, const char *device, ac_graph *g, uint64_t seed)
+{
+    r->memory.count = 0;
     ac_backend_cuda_set_folder("python/accel");
-    CHECK_OK(ac_device_open(little_device(), &device));
-    CHECK_OK(ac_plan_new(g, device, &plan));
-    CHECK_OK(ac_weights_new(&weights));
-    ac_weights_set_release(weights, device->backend->free, device->self);
-    CHECK_OK(ac_exec_new(plan, weights, &exec));
-    little_bind(&memory, plan, exec, weights, seed);
-    little_bind_outputs(plan->graph, exec, out);
-    CHECK_OK(ac_exec_run(exec, AC_RATE_PROMPT));
-    ac_exec_free(exec);
-    ac_plan_free(plan);
-    ac_weights_drop_derived(weights);
-    ac_weights_unref(weights);
-    ac_device_unref(device);
-    for (int32_t i = 0; i < memory.count; i++) {
-        ac_free_aligned(memory.block[i]);
+    CHECK_OK(ac_device_open(device, &r->device));
+    CHECK_OK(ac_plan_new(g, r->device, &r->plan));
+    CHECK_OK(ac_weights_new(&r->weights));
+    CHECK_OK(ac_weights_set_release(r->weights, r->device->backend->free, r->device->self));
+    CHECK_OK(ac_exec_new(r->plan, r->weights, &r->exec));
+    little_bind(&r->memory, r->plan, r->exec, r->weights, seed);
+}
+
+static inline void
+little_close(little_rig *r)
+{
+    ac_exec_free(r->exec);
+    ac_plan_free(r->plan);
+    ac_weights_drop_derived(r->weights);
+    ac_weights_unref(r->weights);
+    ac_device_unref(r->device);
+    for (int32_t i = 0; i < r->memory.count; i++) {
+        ac_free_aligned(r->memory.block[i]);
     }
+}
+
+/* Plans g (and takes it over), runs it and fills out->data. */
+static inline void
+little_execute(ac_graph *g, uint64_t seed, little_result *out)
+{
+    little_rig rig;
+    little_open(&rig, little_device(), g, seed);
+    little_bind_outputs(rig.plan->graph, rig.exec, out);
+    CHECK_OK(ac_exec_run(rig.exec, AC_RATE_PROMPT));
+    little_close(&rig);
 }
 
 /* Builds, gives all weights `weight_dtype`, runs the passes that are not off, casts, runs. */

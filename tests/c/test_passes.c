@@ -212,14 +212,6 @@ dumps(void)
     ac_arena_deinit(&m.arena);
 }
 
-static double
-now_ms(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
-}
-
 /* SDXL has the largest graph; planning it has 50 ms in all, of which passes may take a tenth. */
 static void
 fast_enough(void)
@@ -229,10 +221,10 @@ fast_enough(void)
     model_read(&m, "sdxl_base_unet");
     for (int round = 0; round < 5; round++) {
         ac_graph *g = build(&m, &unet_loop);
-        double start = now_ms();
+        double start = ac_now_ms();
         CHECK_OK(ac_passes_run(g, 0, NULL));
         CHECK_OK(ac_cast_weights(g, AC_F16));
-        best = fmin(best, now_ms() - start);
+        best = fmin(best, ac_now_ms() - start);
         ac_graph_free(g);
     }
     printf("(%.2f ms) ", best);

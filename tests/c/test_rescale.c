@@ -129,11 +129,7 @@ run_vae(const char *entry, ac_dtype dtype, int32_t exponent, const char *off, do
         vae_run *r)
 {
     ac_graph *g = build_vae(entry, dtype);
-    ac_device *device;
-    ac_plan *plan;
-    ac_exec *exec;
-    ac_weights *weights;
-    little_memory memory = {0};
+    little_rig rig;
     uint32_t mask;
     *r = (vae_run){0};
     CHECK_INT(g->stream_exponent, dtype == AC_F16 ? -5 : 0);
@@ -143,25 +139,20 @@ run_vae(const char *entry, ac_dtype dtype, int32_t exponent, const char *off, do
     CHECK_OK(ac_cast_weights(g, dtype));
     show_all(g, r);
     CHECK_OK(ac_graph_verify(g));
-    CHECK_OK(ac_device_open("cpu", &device));
-    CHECK_OK(ac_plan_new(g, device, &plan));
-    CHECK_OK(ac_weights_new(&weights));
-    CHECK_OK(ac_weights_set_release(weights, device->backend->free, device->self));
-    CHECK_OK(ac_exec_new(plan, weights, &exec));
-    little_bind(&memory, plan, exec, weights, 7);
-    for (int32_t i = 0; i < ac_weights_count(weights); i++) {
-        const char *name = ac_weights_name(weights, i);
-        enlarge(name, ac_weights_find(weights, name), size);
+    little_open(&rig, "cpu", g, 7);
+    for (int32_t i = 0; i < ac_weights_count(rig.weights); i++) {
+        const char *name = ac_weights_name(rig.weights, i);
+        enlarge(name, ac_weights_find(rig.weights, name), size);
     }
     void **data = ac_calloc((size_t)g->n_values, sizeof *data);
     for (ac_val v = 0; v < g->n_values; v++) {
         if (g->values[v].output) {
-            data[v] = little_alloc(&memory, &g->values[v]);
+            data[v] = little_alloc(&rig.memory, &g->values[v]);
             ac_tensor t = ac_tensor_of(data[v], g->values[v].dtype, g->values[v].shape);
-            CHECK_OK(ac_exec_bind_output(exec, g->values[v].output, &t));
+            CHECK_OK(ac_exec_bind_output(rig.exec, g->values[v].output, &t));
         }
     }
-    CHECK_OK(ac_exec_run(exec, AC_RATE_PROMPT));
+    CHECK_OK(ac_exec_run(rig.exec, AC_RATE_PROMPT));
     r->values = ac_malloc((size_t)g->n_values * sizeof *r->values);
     for (ac_val v = 0; v < g->n_values; v++) {
         if (data[v]) {
@@ -169,14 +160,7 @@ run_vae(const char *entry, ac_dtype dtype, int32_t exponent, const char *off, do
         }
     }
     ac_free(data);
-    ac_exec_free(exec);
-    ac_plan_free(plan);
-    ac_weights_drop_derived(weights);
-    ac_weights_unref(weights);
-    ac_device_unref(device);
-    for (int32_t i = 0; i < memory.count; i++) {
-        ac_free_aligned(memory.block[i]);
-    }
+    little_close(&rig);
 }
 
 static double
