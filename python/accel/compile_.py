@@ -10,6 +10,7 @@ become views of that memory, until decompile().
 
 import functools
 import inspect
+import json
 import sys
 import weakref
 
@@ -342,22 +343,40 @@ def report_compiled(x):
     return {"components": entries, "loop": state.report()}
 
 
-def explain_compiled(x, *, json=False, passes=False, profile=None, **args):
+def _sizes(native, module, given):
+    """Args of a plan: the given ones, else the last call's, else what the config suggests; computed
+    as the module is now, where that is known."""
+    from .components import VAE, TextEncoder, UNet
+    from .torch_calls import NAMES
+
+    kind = {"UNet2DConditionModel": UNet, "AutoencoderKL": VAE}.get(native.class_name, TextEncoder)
+    known = {**(native.last_args or {}), **given}
+    if native.watch is not None and native.watch.reason is None:
+        known |= {"io_dtype": NAMES[native.watch.dtype], **native.precision, **given}
+    elif native.model is None:  # the plan is one for the CPU then
+        known = {n: v for n, v in known.items() if n not in ("compute", "tf32")} | given
+    return kind.sizes(json.loads(config_text(module)), known)
+
+
+def explain_compiled(x, *, as_json=False, passes=False, profile=None, **args):
     """The plan for the last call's sizes, or the given ones; `profile`: repeats and peaks."""
+    from .torch_watch import Fallback
+
     if _is_pipeline(x):
         x = x.unet
     native = native_of(x)
     if native is None:
         raise InvalidArgument(f"explain: found {type(x).__name__}, expected something that "
                               "accel.compile returned")
-    if native.last_args is None and not args:
-        raise InvalidArgument("explain: no call yet to take the sizes from; give batch=, height=, "
-                              "width=, tokens=")
-    args = {**(native.last_args or {}), **args}
-    if profile is not None:
-        with native.lock:
+    with native.lock:
+        try:
             native._follow(x)
-            model = native.model
-        return model.profile(args, json, **profile)
-    model = native.model or _core.Model(config_text(x), None, "cpu", native.passes_off)
-    return model.explain(args, json, passes)
+        except Fallback as reason:
+            if profile is not None:
+                raise UnsupportedError(f"explain: the engine does not run this "
+                                       f"{native.class_name} now: {reason}") from None
+        args, model = _sizes(native, x, args), native.model
+    if profile is not None:
+        return model.profile(args, as_json, **profile)
+    model = model or _core.Model(config_text(x), None, "cpu", native.passes_off)
+    return model.explain(args, as_json, passes)

@@ -142,7 +142,7 @@ def explain(x, *, json=False, passes=False, profile=False, repeats=0, peaks=None
         return x.explain(json=json, passes=passes, **args)
     from .compile_ import explain_compiled
 
-    return explain_compiled(x, json=json, passes=passes, **args)
+    return explain_compiled(x, as_json=json, passes=passes, **args)
 
 
 def _profile(x, json, repeats, flops, bandwidth, args):
@@ -151,7 +151,7 @@ def _profile(x, json, repeats, flops, bandwidth, args):
         return x.profile(json=json, **how, **args)
     from .compile_ import explain_compiled
 
-    return explain_compiled(x, json=json, profile=how, **args)
+    return explain_compiled(x, as_json=json, profile=how, **args)
 
 
 def explain_folder(folder, part, *, height, width, batch, tokens, device, variant, json, passes,

@@ -16,9 +16,10 @@ import tiny
 import torch
 import transformers
 from dropin import PICTURE_TOLERANCE as TOLERANCE
-from dropin import draw, inputs, pair, pipeline
+from dropin import call, draw, inputs, module, pair, pipeline, ran
 
 import accel
+from accel.compile_ import _sizes
 
 
 def runs(pipe):
@@ -362,11 +363,61 @@ def test_explain(sd):
     assert accel.explain(fast.vae, json=True).startswith("{")
     assert "take longest" in accel.explain(fast.unet, profile=True, repeats=1)
     fresh = accel.compile(pipeline_module(sd[0]))
-    with pytest.raises(accel.InvalidArgument, match="no call yet"):
-        accel.explain(fresh)
+    assert "[2, 4, 8, 8]" in accel.explain(fresh)  # as the config suggests
     assert "arena" in accel.explain(fresh, batch=1, height=8, width=8, tokens=4, timesteps=1)
     sizes = {"batch": 1, "height": 8, "width": 8, "tokens": 4, "timesteps": 1}
     assert "take longest" in accel.explain(fresh, profile=True, repeats=1, **sizes)
+
+
+@pytest.mark.parametrize(("kind", "which"), [
+    ("unet", "sd"), ("unet", "sdxl"), ("vae", "sd"), ("text_encoder", "sd"),
+    ("text_encoder_2", "sdxl")])
+def test_explain_before_the_first_call(kind, which):
+    """Sizes from the config, or some of them given; computed as the module is."""
+    fresh = accel.compile(module(kind, which))
+    plan = json.loads(accel.explain(fresh, json=True))
+    assert plan["steps"] and plan["device"].startswith("cpu")
+    given = {"batch": 3, "tokens": 5} if kind != "vae" else {"batch": 3, "height": 8}
+    assert accel.explain(fresh, **given) != accel.explain(fresh)
+    told = json.loads(accel.explain(fresh, profile=True, json=True, repeats=1, **given))
+    assert told["device"].startswith("cpu") and told["steps"]
+    args, named = inputs(kind, which)
+    with ran(fresh, native=1):
+        call(fresh, kind, args, named)
+    told = accel.explain(fresh)
+    again = {k: v for k, v in fresh._accel.last_args.items()
+             if k in ("entry", "batch", "height", "width", "tokens", "hidden_states")}
+    assert told == accel.explain(accel.compile(module(kind, which)), **again)
+
+
+def test_explain_follows_the_module():
+    """A module that became another dtype after its last call; the plan's inputs say it."""
+    fast = accel.compile(module("unet"))
+    call(fast, "unet", inputs("unet")[0])
+    seen = []
+    for dtype in (torch.float16, torch.float32):
+        fast.to(dtype)
+        seen.append(_sizes(fast._accel, fast, {})["io_dtype"])
+        accel.explain(fast)
+        assert _sizes(fast._accel, fast, {})["io_dtype"] == str(dtype)[6:]
+        assert _sizes(fast._accel, fast, {"io_dtype": "bfloat16"})["io_dtype"] == "bfloat16"
+
+
+def test_explain_where_the_original_runs(sd_folder):
+    from peft import LoraConfig
+
+    pipe = accel.compile(pipeline(sd_folder))
+    draw(pipe)
+    plan = accel.explain(pipe)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    for x in (pipe, pipe.unet):
+        with pytest.raises(accel.UnsupportedError, match="explain: .*adapter layers"):
+            accel.explain(x, profile=True)
+        assert accel.explain(x) == plan  # what it would run
+    fresh = accel.compile(module("unet").train())
+    with pytest.raises(accel.UnsupportedError, match="training"):
+        accel.explain(fresh, profile=True)
+    assert "conv_in" in accel.explain(fresh)
 
 
 def pipeline_module(pipe):
