@@ -97,7 +97,8 @@ def print_info(kernels=False):
         ops = sorted({n.split(".")[1] for n in names})
         print(f"kernels on {device}: {len(names)} for {len(ops)} ops")
         for op in ops:
-            forms = [n.split(".", 2)[2] for n in names if n.split(".")[1] == op]
+            parts = [n.split(".", 2) for n in names]
+            forms = [p[2] if len(p) > 2 else "plain" for p in parts if p[1] == op]
             if kernels:
                 print(f"  {op:<12} {', '.join(forms)}")
     print(f"models:     {', '.join(_core.model_classes())}")

@@ -16,6 +16,8 @@ static struct {
     int (*capture)(void *stream, int mode);
     int (*capture_end)(void *stream, void **graph);
     int (*graph_free)(void *graph);
+    int (*context)(void **context, int device);
+    int (*make_current)(void *context);
 } cu;
 
 static void
@@ -45,9 +47,10 @@ open_gpu(void)
     load(library, "cuStreamBeginCapture_v2", &cu.capture);
     load(library, "cuStreamEndCapture", &cu.capture_end);
     load(library, "cuGraphDestroy", &cu.graph_free);
-    void *memory; /* makes the context that the driver's calls want */
-    CHECK_OK(device->backend->alloc(device->self, 1, &memory));
-    device->backend->free(device->self, memory);
+    load(library, "cuDevicePrimaryCtxRetain", &cu.context);
+    load(library, "cuCtxSetCurrent", &cu.make_current);
+    void *context; /* the driver's calls want one, and the backend leaves none behind */
+    CHECK(cu.context(&context, 0) == 0 && cu.make_current(context) == 0);
     printf("(ran on cuda) ");
     return device;
 }
