@@ -61,8 +61,9 @@ ac_backend_cuda_load(const ac_backend **out)
         return ac_error(AC_E_DEVICE, "cuda: " LIBRARY " does not export ac_backend_cuda");
     }
     memcpy(&fill, &symbol, sizeof fill); /* ISO C has no cast from object to function pointer */
+    backend.abi = AC_ABI;
     ac_status status = fill(AC_ABI, &host, &backend);
-    if (status == AC_OK && backend.abi != AC_ABI) { /* it did not look */
+    if (backend.abi != AC_ABI) { /* whether it refused or did not look */
         status = ac_error(AC_E_DEVICE, LIBRARY ": found ABI %u, expected %u; install both parts "
                                                "of accel from one build", backend.abi, AC_ABI);
     }

@@ -4,8 +4,9 @@
 
 #include "device.h"
 
-/* What the library exports under the name "ac_backend_cuda": fills *out, or refuses another ABI
- * number with found and expected. */
+/* What the library exports under the name "ac_backend_cuda": fills *out.  Another ABI number is
+ * refused before anything else of *host or *out is touched than out->abi, the library's number,
+ * which is first in every build; the caller makes the message. */
 typedef ac_status (*ac_backend_cuda_fn)(uint32_t abi, const ac_host *host, ac_backend *out);
 
 /* Loads the library once; later calls give the same backend, or the same error again. */

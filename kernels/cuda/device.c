@@ -588,15 +588,11 @@ ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out);
 ac_status
 ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out)
 {
-    const ac_host *before = ac_cuda_host;
-    ac_cuda_host = host;
+    out->abi = AC_ABI; /* nothing else of another build's structures is where this one has it */
     if (abi != AC_ABI) {
-        ac_status status = ac_cuda_fail(AC_E_DEVICE, "libaccel_cuda.so: found ABI %u, expected "
-                                                     "%u; install both parts of accel from one "
-                                                     "build", AC_ABI, abi);
-        ac_cuda_host = before;
-        return status;
+        return AC_E_DEVICE; /* the caller says it */
     }
+    ac_cuda_host = host;
     *out = (ac_backend){
         .abi = AC_ABI,
         .name = "cuda",
