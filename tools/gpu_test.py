@@ -34,6 +34,8 @@ CUDA_75 = ROOT / "build" / "arch75"  # python/accel there has the code of sm_75 
 NO_TESTS = 5  # pytest's status when a filter left none
 RAN = "ran on cuda"
 DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+# Measuring each of forty sizes takes minutes; the full sizes and the whole runs do measure.
+FIXED = {"ACCEL_TUNE": "off"}
 # What sm_75 has: no bfloat16.
 ARCH75 = "float16 and not bfloat16 and (sd15 or 512 or clip_l or shipped)"
 
@@ -134,7 +136,7 @@ def c_parts():
     cuda = {"ACCEL_TEST_DEVICE": "cuda"}
     yield Part("c_fused", [CTESTS / "test_fused"], 120, wants=RAN, environment=cuda)
     yield Part("c_fused_random", [CTESTS / "test_fused_random"], 180,
-               environment=cuda | {"ACCEL_TUNE": "off"})
+               environment=cuda | FIXED)
     yield Part("c_models_75", [CTESTS / "test_cuda_models"], 120, wants="float16",
                environment=on_75(), folder=CUDA_75)
 
@@ -177,14 +179,15 @@ def python_parts():
     pieces = {"test_gpu_unet": {"sizes": "sizes", "batches": "batches or long", "": None},
               "test_gpu_pictures": {"sdxl": "sdxl", "": None},
               "test_gpu_vae": {"sizes": "sizes", "": None}}
-    for path in sorted(folder.glob("test_*.py")):
+    long = ("test_processes.py", "test_gpu_unet.py", "test_gpu_pictures.py")
+    for path in sorted(folder.glob("test_*.py"), key=lambda f: (f.name not in long, f.name)):
         splits = pieces.get(path.stem, {"": None})
         for suffix, chosen in splits.items():
             others = [f"({c})" for c in splits.values() if c]
             chosen = chosen or (others and f"not ({' or '.join(others)})")
             yield Part("_".join(filter(None, (path.stem[5:], suffix))),
                        [*pytest, path, "-m", "not alone", *(["-k", chosen] if chosen else [])],
-                       300, alone="errors" in path.stem)  # they take all memory
+                       300, environment=FIXED if suffix in ("sizes", "batches") else {})
     yield Part("gpu_75", [*pytest, *(folder / f"test_gpu_{n}.py" for n in
                                      ("unet", "vae", "clip", "pictures")), "-k", ARCH75],
                environment=on_75())
@@ -316,7 +319,7 @@ def main():
     parser.add_argument("--only", default="", help="parts whose name this regex finds")
     parser.add_argument("--record", type=Path, help="where to write it")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop what runs longer")
-    parser.add_argument("--jobs", type=int, default=max(2, min(10, (os.cpu_count() or 2) * 5 // 8)))
+    parser.add_argument("--jobs", type=int, default=max(2, min(8, (os.cpu_count() or 2) // 2)))
     parser.add_argument("--list", action="store_true", help="print the parts")
     args = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",

@@ -133,8 +133,9 @@ tolerance_of(ac_op op, family family)
     switch (op) {
     case AC_OP_LINEAR:
     case AC_OP_CONV2D:
-    case AC_OP_UP_CONV2D: /* blocked f32 sums of up to 23040 products: a few 1e-7 a result */
-        return (tolerance){1e-11, 2e-5};
+    case AC_OP_UP_CONV2D: /* blocked f32 sums of up to 23040 products: a few 1e-7 a result; more
+                           * where a mean of 1000 is summed in one chain, as a library may do */
+        return (tolerance){family == LARGE_MEAN ? 4e-11 : 1e-11, 2e-5};
     case AC_OP_ATTENTION: /* exp of scores up to 100 turns their 6e-8 into 6e-6 */
         return (tolerance){1e-10, 1e-4};
     case AC_OP_GROUP_NORM:

@@ -39,19 +39,18 @@ def same_calls(module, call):
     return found.pop()
 
 
-def unet(module, height, width, seed):
-    sample = randn(2, 4, height, width, seed=seed, dtype=HALF)
+def unet(seed):
+    sample = randn(2, 4, 64, 64, seed=seed, dtype=HALF)
     states = randn(2, 77, 768, seed=seed + 1, dtype=HALF)
     return lambda m: m(sample, 501, states, return_dict=False)[0]
 
 
 def networks():
     module = fill(make("sd15_unet", HALF), 1)
-    for height, width, seed in ((64, 64, 1), (64, 64, 2), (72, 128, 1), (33, 40, 1)):
-        call = unet(module, height, width, seed)
-        yield f"unet {width}x{height}, seed {seed}", same_calls(module, call)
+    for seed in (1, 2):
+        yield f"unet, seed {seed}", same_calls(module, unet(seed))
     module = fill(make("sd_vae", HALF), 1)
-    z, x = randn(1, 4, 64, 64, seed=3, dtype=HALF), randn(1, 3, 512, 512, seed=4, dtype=HALF)
+    z, x = randn(1, 4, 33, 40, seed=3, dtype=HALF), randn(1, 3, 256, 256, seed=4, dtype=HALF)
     yield "decode", same_calls(module, lambda m: m.decode(z, return_dict=False)[0])
     yield "encode", same_calls(module, lambda m: m.encode(x).latent_dist.mean)
     module = fill(make("clip_l", HALF), 1)
@@ -62,8 +61,8 @@ def networks():
 def picture():
     """The shipped model's, twice."""
     pipe = accel.Pipeline.from_pretrained(accel.demo_model(), device="cuda", dtype="float16")
-    found = {digest(pipe("a red house by a lake", num_inference_steps=8, seed=3, height=128,
-                         width=192, output_type="np", progress_bar=False).images)
+    found = {digest(pipe("a red house by a lake", num_inference_steps=8, seed=3, height=256,
+                         width=256, output_type="np", progress_bar=False).images)
              for _ in range(2)}
     report = accel.report(pipe)["components"]
     assert all(report[n]["native_runs"] for n in ("text_encoder", "unet", "vae")), report

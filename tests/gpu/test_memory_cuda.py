@@ -23,10 +23,9 @@ def fall(kind, who):
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
-def test_a_compiled_pipeline_takes_no_more_than_eager(kind):
-    ours, theirs = fall(kind, "accel"), fall(kind, "stock")
-    assert theirs["fall"] > 2e9  # the weights alone
+def test_a_compiled_pipeline_takes_no_more_than_eager():
+    ours, theirs = fall("sdxl", "accel"), fall("sdxl", "stock")
+    assert theirs["fall"] > 6e9  # the weights alone
     assert ours["fall"] <= theirs["fall"], (ours, theirs)
     # What stays after `del pipe` is the libraries' own.
     assert ours["after_del"] <= theirs["after_del"], (ours, theirs)
