@@ -6,6 +6,7 @@ extension keeps to the stable ABI: one build serves every Python from 3.11 on.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -37,6 +38,19 @@ HEADERS = {".h", ".def", ".inc"}
 CUDA_LIBRARY = "libaccel_cuda.so"
 
 
+def why_no_cuda(nvcc, make):
+    """The reason not to build the GPU part, or None."""
+    if os.environ.get("ACCEL_CUDA_ARCHS") == "none":
+        return "ACCEL_CUDA_ARCHS is none"
+    if nvcc is None or make is None:
+        return f"no {'make' if nvcc else 'nvcc'} was found"
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.", told)
+    if release and int(release[1]) < 12:
+        return f"found nvcc {release[1]}, expected 12 or later"
+    return None
+
+
 def build_cuda(folder):
     """Builds libaccel_cuda.so into `folder` where nvcc is found; says in one line when it is not.
 
@@ -45,10 +59,9 @@ def build_cuda(folder):
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     make = shutil.which("make")
-    if os.environ.get("ACCEL_CUDA_ARCHS") == "none":
-        print("accel: skipped the GPU part: ACCEL_CUDA_ARCHS is none")
-    elif nvcc is None or make is None:
-        print(f"accel: skipped the GPU part: no {'make' if nvcc else 'nvcc'} was found")
+    reason = why_no_cuda(nvcc, make)
+    if reason:
+        print(f"accel: skipped the GPU part: {reason}")
     else:
         target = str(Path(folder).resolve() / CUDA_LIBRARY)
         # NVIDIA's headers may lie beside the user's PyTorch, which pip's isolation does not see.
