@@ -12,6 +12,7 @@
 
 #define AC_ABI 6 /* of ac_backend and everything it reaches; another number is refused */
 
+/* A library of another ABI refuses through `verror`: what comes before it never moves. */
 typedef struct ac_host {
     uint32_t abi;
     void *(*alloc)(size_t bytes);
