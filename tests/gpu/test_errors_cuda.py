@@ -133,7 +133,9 @@ def take_all_but(room):
 
 
 def taken():
+    """Bytes of the GPU in use, but for what PyTorch would give back."""
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     available, total = torch.cuda.mem_get_info()
     return total - available
 
