@@ -60,6 +60,10 @@ ac_status ac_exec_run(ac_exec *exec, ac_rate from);
  * more is asked for or a run was out of memory.  What it held is lost when it moves. */
 ac_status ac_exec_memory(ac_exec *exec, size_t bytes, void **out);
 
+/* Why the step section, which the device could record, is launched step by step; empty: it is not,
+ * or recording was switched off. */
+const char *ac_exec_unrecorded(const ac_exec *exec);
+
 /* The caller's mark of what the last PROMPT section was computed from; 0: nothing. */
 uint64_t ac_exec_prompt(const ac_exec *exec);
 void ac_exec_set_prompt(ac_exec *exec, uint64_t token);

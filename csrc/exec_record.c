@@ -9,6 +9,8 @@
  * device that fails to record launches from then on. */
 #include "exec_internal.h"
 
+#include <stdio.h>
+
 void
 ac_exec_forget_recording(ac_exec *e)
 {
@@ -17,6 +19,12 @@ ac_exec_forget_recording(ac_exec *e)
         e->recording = NULL;
     }
     e->recorded = e->seen = 0;
+}
+
+const char *
+ac_exec_unrecorded(const ac_exec *e)
+{
+    return e->unrecorded;
 }
 
 static uint64_t
@@ -85,7 +93,8 @@ ac_exec_step(ac_exec *e, ac_device_lane *lane, const ac_run *run)
         return ac_exec_launch_step(e, lane, run);
     }
     if (record(e, lane, run) < 0) {
-        ac_log(1, "recording failed, every run launches its steps: %s", ac_error_message());
+        snprintf(e->unrecorded, sizeof e->unrecorded, "%s", ac_error_message());
+        ac_log(1, "recording failed, every run launches its steps: %s", e->unrecorded);
         e->can_record = false;
         e->seen = 0;
         return ac_exec_launch_step(e, lane, run);

@@ -7,6 +7,7 @@
 #include "lock.h"
 #include "passes/passes.h"
 
+#include <stdio.h>
 #include <string.h>
 
 /* Plans kept.  A UNet of SDXL costs about 2 MB a plan on the host, and what its execs keep. */
@@ -43,6 +44,7 @@ struct ac_model {
     uint64_t signature;       /* of their names, dtypes and shapes */
     int64_t runs;
     double plan_ms;
+    char unrecorded[256];     /* as an exec first said it */
 };
 
 /* ---- life ------------------------------------------------------------------------------------ */
@@ -455,6 +457,9 @@ ac_model_give(ac_model *m, ac_exec *exec)
     ac_exec_unbind(exec);
     ac_lock(&m->lock);
     m->runs++;
+    if (!m->unrecorded[0]) {
+        snprintf(m->unrecorded, sizeof m->unrecorded, "%s", ac_exec_unrecorded(exec));
+    }
     for (int32_t i = 0; i < m->n_plans; i++) {
         if (give_to(m->plans[i], exec)) {
             if (m->plans[i]->stale && !plan_busy(m->plans[i])) {
@@ -559,6 +564,7 @@ ac_model_get_stats(ac_model *m, ac_model_stats *out)
 {
     ac_lock(&m->lock);
     *out = (ac_model_stats){.runs = m->runs, .plans = m->n_plans, .plan_ms = m->plan_ms};
+    memcpy(out->unrecorded, m->unrecorded, sizeof out->unrecorded);
     for (int32_t i = 0; i < m->n_plans; i++) {
         const cached_plan *p = m->plans[i];
         out->execs += p->n_execs;

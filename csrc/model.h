@@ -53,6 +53,7 @@ typedef struct ac_model_stats {
     size_t bound_bytes;   /* live-range lower bound of that plan */
     size_t keep_bytes;    /* held by execs */
     double plan_ms;       /* time to build, rewrite and plan the newest graph */
+    char unrecorded[256]; /* why some exec launches its steps one by one, see ac_exec_unrecorded */
 } ac_model_stats;
 void ac_model_get_stats(ac_model *model, ac_model_stats *out);
 

@@ -363,10 +363,11 @@ model_stats(PyObject *self, PyObject *unused)
     (void)unused;
     ac_model_stats s;
     ac_model_get_stats(of(self), &s);
-    return Py_BuildValue("{sLsisisnsnsnsd}", "runs", (long long)s.runs, "plans", (int)s.plans,
+    return Py_BuildValue("{sLsisisnsnsnsdss}", "runs", (long long)s.runs, "plans", (int)s.plans,
                          "execs", (int)s.execs, "arena_bytes", (Py_ssize_t)s.arena_bytes,
                          "bound_bytes", (Py_ssize_t)s.bound_bytes, "keep_bytes",
-                         (Py_ssize_t)s.keep_bytes, "plan_ms", s.plan_ms);
+                         (Py_ssize_t)s.keep_bytes, "plan_ms", s.plan_ms, "unrecorded",
+                         s.unrecorded);
 }
 
 static PyObject *
@@ -409,7 +410,8 @@ static PyMethodDef methods[] = {
                "random inputs and says how long each step took, as text or JSON.  flops and "
                "bandwidth, a second: what the device reaches, where accel does not know.")},
     {"stats", model_stats, METH_NOARGS,
-     PyDoc_STR("stats()\n--\n\nRuns, plans, execs and bytes.")},
+     PyDoc_STR("stats()\n--\n\nRuns, plans, execs and bytes; why recording failed, \"\": it "
+               "did not.")},
     {"drop_plans", model_drop_plans, METH_NOARGS,
      PyDoc_STR("drop_plans()\n--\n\nFrees plans and what they hold.")},
     {0},

@@ -40,6 +40,9 @@ def _lines(name, entry):
            f"({size:.1f} MB)"]
     out += [f"  fell back {n} times: {reason}" for reason, n in entry["fallbacks"].items()]
     out += [f"  {line}" for line in entry["missed"]]
+    if entry["unrecorded"]:
+        out.append("  steps are launched one by one, which is slower: recording them failed: "
+                   f"{entry['unrecorded']}")
     return "\n".join(out)
 
 
@@ -54,7 +57,8 @@ def _loop_lines(loop):
 def entry_of(class_name, model, weights, *, device="cpu", native_runs=None, fallbacks=None):
     """The report of one network; `model` and `weights` may be None."""
     stats = model.stats() if model is not None else {"runs": 0, "plans": 0, "arena_bytes": 0,
-                                                     "bound_bytes": 0, "keep_bytes": 0}
+                                                     "bound_bytes": 0, "keep_bytes": 0,
+                                                     "unrecorded": ""}
     derived = weights.derived() if weights is not None else []
     return {
         "class": class_name,
@@ -67,6 +71,7 @@ def entry_of(class_name, model, weights, *, device="cpu", native_runs=None, fall
         "derived": derived,
         "derived_bytes": sum(d["bytes"] for d in derived),
         "missed": missed(device) if model is not None else [],
+        "unrecorded": stats["unrecorded"],
     }
 
 
@@ -82,9 +87,10 @@ def report(x):
     Report
         A dict. For one network: class, native_runs, fallbacks {reason: count}, plans,
         arena_bytes, bound_bytes, keep_bytes, derived (list of dicts with key, bytes, sources),
-        derived_bytes, missed (sentences: libraries that the device lacks). For a pipeline:
-        "components" {name: such a dict} and "loop": "native" for an accel.Pipeline; for a
-        compiled one {"native": loops, "stock": {reason: loops}}.
+        derived_bytes, missed (sentences: libraries that the device lacks), unrecorded (why a GPU
+        gets every step from the host, "" where it does not). For a pipeline: "components" {name:
+        such a dict} and "loop": "native" for an accel.Pipeline; for a compiled one {"native":
+        loops, "stock": {reason: loops}}.
 
     Raises
     ------

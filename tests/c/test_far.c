@@ -217,12 +217,17 @@ a_device_that_cannot_record_launches(void)
     want = (request){.schedule = schedules[3], .guidance = 2.0};
     CHECK_OK(denoise(&cpu, &want));
     far.fail_recording = true;
+    ac_model_stats stats;
+    ac_model_get_stats(there.model, &stats);
+    CHECK(!stats.unrecorded[0]);
     for (int call = 0; call < 2; call++) {
         got = want;
         start_count();
         CHECK_OK(denoise(&there, &got));
         same_latents(&got, &want);
         CHECK_INT(far.replays, 0);
+        ac_model_get_stats(there.model, &stats);
+        CHECK(strcmp(stats.unrecorded, "far: this launch cannot be recorded") == 0);
     }
     far.fail_recording = false;
     close_both();
@@ -241,6 +246,9 @@ recording_is_switched_off(void)
     unsetenv("ACCEL_GRAPH");
     CHECK_INT(far.replays, 0);
     same_latents(&got, &want);
+    ac_model_stats stats;
+    ac_model_get_stats(there.model, &stats);
+    CHECK(!stats.unrecorded[0]); /* nobody wanted one */
     close_both();
 }
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import accel
-from accel import _core
+from accel import _core, reporting
 
 UNET, VAE, TEXT = (tiny.PARTS["sd"][n] for n in ("unet", "vae", "text_encoder"))
 TEXT_2 = tiny.PARTS["sdxl"]["text_encoder_2"]
@@ -287,6 +287,21 @@ def test_one_device_for_a_set_of_weights(sd_folder):
         planned.run(args, {}, {})
     del planned
     assert _core.Model(config, weights).io(args)
+
+
+def test_a_recording_that_failed_is_reported(unet):
+    """None does here: the CPU records nothing."""
+    assert accel.report(unet)["unrecorded"] == ""
+
+    class Model:
+        def stats(self):
+            return unet.stats | {"unrecorded": "cuda: why"}
+
+    entry = reporting.entry_of("UNet", Model(), None)
+    assert entry["unrecorded"] == "cuda: why"
+    assert "one by one" in str(reporting.Report(entry)) and "cuda: why" in str(
+        reporting.Report(entry))
+    assert "one by one" not in str(accel.report(unet))
 
 
 def test_plans_and_explain(unet):
