@@ -12,7 +12,7 @@
 
 #define AC_ABI 6 /* of ac_backend and everything it reaches; another number is refused */
 
-/* A library of another ABI refuses through `verror`: what comes before it never moves. */
+/* Nothing of it is touched before the numbers were compared. */
 typedef struct ac_host {
     uint32_t abi;
     void *(*alloc)(size_t bytes);
@@ -33,7 +33,7 @@ typedef struct ac_stream {
 } ac_stream;
 
 typedef struct ac_backend {
-    uint32_t abi;
+    uint32_t abi; /* first in every build: all that a library of another one fills */
     const char *name; /* "cpu", "cuda", "null" */
     const ac_kernel *const *kernels; /* ends with NULL */
 
