@@ -34,7 +34,6 @@ typedef struct ac_blas_call {
     void *out;
     void *workspace; /* AC_BLAS_WORKSPACE */
     float factor;
-    bool w_varies; /* no weight of the network: measured as it lies */
 } ac_blas_call;
 
 /* What cublaslt_linear.c chose for a whole layer. */
@@ -60,8 +59,6 @@ bool ac_blas_found(void);
 ac_status ac_blas_open(ac_cuda_libraries *libraries);
 /* Everything is in units of 16 bytes.  AC_E_UNSUPPORTED: the library has no algorithm. */
 ac_status ac_blas_multiply(const ac_blas_call *call, const ac_blas_key *key);
-/* Of a product's w, from its first byte to its last. */
-size_t ac_blas_weight_bytes(const ac_blas_key *key);
 /* A key as text, for tune.c; returns its length. */
 int ac_blas_key_text(char *text, size_t size, const char *what, const ac_blas_key *key);
 

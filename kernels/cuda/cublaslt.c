@@ -295,13 +295,6 @@ name_algorithm(const void *context, int32_t i, char name[AC_TUNE_WAY])
     snprintf(name, AC_TUNE_WAY, "%016llx", (unsigned long long)hash);
 }
 
-size_t
-ac_blas_weight_bytes(const ac_blas_key *k)
-{
-    int64_t rows = k->w_by_k ? k->k : k->n, last = k->w_by_k ? k->n : k->k;
-    return (size_t)((rows - 1) * k->w_row + last) * ac_dtype_size((ac_dtype)k->dtype);
-}
-
 int
 ac_blas_key_text(char *text, size_t size, const char *what, const ac_blas_key *k)
 {
@@ -319,20 +312,6 @@ ac_blas_key_text(char *text, size_t size, const char *what, const ac_blas_key *k
     return used;
 }
 
-static ac_status
-choose_product(const trial *t)
-{
-    char text[AC_TUNE_KEY];
-    const ac_blas_key *key = &t->p->key;
-    ac_blas_call call = *t->call; /* whose weight is exchanged */
-    trial measured = {.call = &call, .blas = t->blas, .p = t->p};
-    ac_blas_key_text(text, sizeof text, "product", key);
-    ac_tune_ways ways = {.key = text, .count = t->p->count, .context = &measured,
-                         .name = name_algorithm, .run = run_product, .weight = {&call.weight},
-                         .weight_bytes = call.w_varies ? 0 : ac_blas_weight_bytes(key)};
-    return ac_tune_choose(call.lane, call.libraries, &ways, &t->p->chosen);
-}
-
 ac_status
 ac_blas_multiply(const ac_blas_call *call, const ac_blas_key *key)
 {
@@ -342,7 +321,11 @@ ac_blas_multiply(const ac_blas_call *call, const ac_blas_key *key)
         return ac_cuda_fail(AC_E_UNSUPPORTED, "cuda: cuBLASLt has no algorithm for a product");
     }
     if (t.p->chosen < 0) {
-        AC_TRY(choose_product(&t));
+        char text[AC_TUNE_KEY];
+        ac_blas_key_text(text, sizeof text, "product", key);
+        AC_TRY(ac_tune_choose(call->lane, call->libraries,
+                              &(ac_tune_ways){text, t.p->count, &t, name_algorithm, run_product},
+                              &t.p->chosen));
     }
     return run_product(&t, t.p->chosen);
 }

@@ -117,8 +117,7 @@ static ac_status
 run(ac_lane *lane, ac_cuda_libraries *libraries, const ac_attention_job *j, bool tf32,
     void *scratch)
 {
-    ac_blas_call call = {.lane = lane, .libraries = libraries, .workspace = scratch,
-                         .w_varies = true};
+    ac_blas_call call = {.lane = lane, .libraries = libraries, .workspace = scratch};
     int64_t step = queries_at_once(j);
     AC_TRY(ac_blas_open(libraries));
     for (int64_t image = 0; image < j->images; image++) {

@@ -208,12 +208,7 @@ choose_layer(job *j, ac_blas_layer *l)
     }
     choice c = {.j = j};
     list_layer(&c);
-    ac_blas_key w = j->key; /* of the whole weight */
-    w.n *= j->g.gated ? 2 : 1;
-    w.k += l->k2;
-    ac_tune_ways ways = {.key = text, .count = c.count, .context = &c, .name = name_choice,
-                         .run = run_choice, .weight = {&j->g.weight},
-                         .weight_bytes = ac_blas_weight_bytes(&w)};
+    ac_tune_ways ways = {text, c.count, &c, name_choice, run_choice};
     int32_t best;
     AC_TRY(ac_tune_choose(j->call.lane, j->call.libraries, &ways, &best));
     l->way = c.way[best];

@@ -238,7 +238,7 @@ list_ways(ac_cuda_dnn *d, problem *p, const ac_dnn_call *call)
 /* ---- running --------------------------------------------------------------------------------- */
 
 typedef struct trial {
-    ac_dnn_call *call; /* whose weight is exchanged when ways are measured */
+    const ac_dnn_call *call;
     ac_cuda_dnn *dnn;
     problem *problem;
 } trial;
@@ -401,7 +401,7 @@ static ac_status
 first_run(trial *t)
 {
     problem *p = t->problem;
-    ac_dnn_call *c = t->call;
+    const ac_dnn_call *c = t->call;
     char text[AC_TUNE_KEY];
     int32_t all = p->count + c->n_own, best = 0;
     int32_t worth = all > c->n_slow ? all - c->n_slow : all; /* measuring */
@@ -410,12 +410,7 @@ first_run(trial *t)
         return ac_cuda_fail(AC_E_UNSUPPORTED, "cuda: neither cuDNN nor a kernel of ours has %s",
                             text);
     }
-    ac_tune_ways ways = {.key = text, .count = worth, .context = t, .name = name_way,
-                         .run = run_way, .weight_bytes = c->weight_bytes};
-    if (c->weight) {
-        ways.weight[0] = &c->address[c->weight];
-        memcpy(&ways.weight[1], c->own_weight, sizeof c->own_weight);
-    }
+    ac_tune_ways ways = {text, worth, t, name_way, run_way};
     ac_status status = ac_tune_choose(c->lane, *ac_cuda_libraries_slot(c->lane), &ways, &best);
     status = status == AC_OK ? run_way(t, best) : status;
     for (int32_t i = 0; status == AC_E_UNSUPPORTED && i < all; i++) {
@@ -461,7 +456,7 @@ new_problem(trial *t)
 }
 
 static ac_status
-run(ac_dnn_call *call, ac_cuda_libraries *libraries)
+run(const ac_dnn_call *call, ac_cuda_libraries *libraries)
 {
     AC_TRY(find_handle(libraries));
     trial t = {.call = call, .dnn = libraries->dnn};
@@ -475,7 +470,7 @@ run(ac_dnn_call *call, ac_cuda_libraries *libraries)
 }
 
 ac_status
-ac_dnn_run(ac_dnn_call *call)
+ac_dnn_run(const ac_dnn_call *call)
 {
     ac_cuda_libraries *libraries;
     int previous;

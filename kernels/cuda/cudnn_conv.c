@@ -190,11 +190,6 @@ run_job(ac_lane *lane, job *j, bool has_gemm)
         call.own[call.n_own++] = (ac_dnn_own){"own", run_own};
         call.n_slow = 1;
     }
-    call.weight = 1; /* W's place in id */
-    call.weight_bytes = (size_t)(key->value[C_OUT] * key->value[KERNEL_H] * key->value[KERNEL_W] *
-                                 key->value[C_IN]) * ac_dtype_size((ac_dtype)key->dtype);
-    call.own_weight[0] = &j->rows.weight;
-    call.own_weight[1] = has_gemm ? &j->gemm.weight : NULL;
     call.without = gathered && key->dtype == AC_F32 && !key->tf32;
     if (r->bias) {
         call.id[call.n_operands] = B;

@@ -69,16 +69,12 @@ typedef struct ac_dnn_call {
     int32_t n_own, n_slow;
     const void *context; /* of them */
     bool without; /* the library: it is known to be slow at this */
-    /* Number of the operand that is a weight, 0: none, its size, and where `own` reads it. */
-    int32_t weight;
-    size_t weight_bytes;
-    const void **own_weight[2];
 } ac_dnn_call;
 
 /* True when there is a cuDNN 9 (at least 9.minor); looked for once. */
 bool ac_dnn_found(int32_t minor);
 /* Locks by itself. */
-ac_status ac_dnn_run(ac_dnn_call *call);
+ac_status ac_dnn_run(const ac_dnn_call *call);
 
 /* cudnn_store.c: a plan's JSON under a title of one line.  The caller frees *json. */
 bool ac_dnn_store_read(const char *folder, const char *title, char **json, size_t *length);

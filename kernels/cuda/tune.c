@@ -184,47 +184,13 @@ ac_tune_folder(ac_cuda_libraries *libraries, const char **device)
 
 /* ---- measuring ------------------------------------------------------------------------------- */
 
-#define CACHE ((size_t)96 << 20) /* copies of a weight are together larger than any GPU's */
-enum { RUNS = 20 };              /* of a small problem, at once */
+enum { RUNS = 20 }; /* of a small problem, at once */
 
 /* A stream of its own, since the caller's may be the one that cannot be captured. */
 typedef struct stopwatch {
     cudaStream_t stream;
     cudaEvent_t from, to;
-    char *copies; /* of the weight, one after the other; NULL: none */
-    size_t pitch;
-    int32_t n_copies;
 } stopwatch;
-
-static void
-set_weight(const ac_tune_ways *ways, const void *address)
-{
-    for (int i = 0; i < AC_TUNE_WEIGHTS && ways->weight[i]; i++) {
-        *ways->weight[i] = address;
-    }
-}
-
-/* Where there is no room the weight stays the one it is. */
-static ac_status
-copy_weight(const ac_tune_ways *ways, stopwatch *watch)
-{
-    if (!ways->weight[0] || ways->weight_bytes == 0 || getenv("ACCEL_TUNE_WARM")) {
-        return AC_OK;
-    }
-    watch->pitch = ac_align_up(ways->weight_bytes, 256);
-    size_t wanted = AC_MAX((CACHE + watch->pitch - 1) / watch->pitch, (size_t)2);
-    watch->n_copies = (int32_t)AC_MIN(wanted, (size_t)RUNS);
-    if (cudaMalloc((void **)&watch->copies, watch->pitch * (size_t)watch->n_copies)) {
-        cudaGetLastError();
-        watch->copies = NULL;
-        return AC_OK;
-    }
-    for (int32_t i = 0; i < watch->n_copies; i++) {
-        AC_CUDA(cudaMemcpyAsync(watch->copies + watch->pitch * (size_t)i, *ways->weight[0],
-                                ways->weight_bytes, cudaMemcpyDeviceToDevice, watch->stream));
-    }
-    return AC_OK;
-}
 
 /* Some runs as one graph: launches would cost more than small kernels. */
 static ac_status
@@ -232,17 +198,12 @@ record_runs(ac_lane *lane, const ac_tune_ways *ways, int32_t i, int times,
             const stopwatch *watch, cudaGraphExec_t *out)
 {
     cudaGraph_t graph = NULL;
-    const void *weight = ways->weight[0] ? *ways->weight[0] : NULL;
     ac_status status = AC_OK;
     AC_CUDA(cudaStreamBeginCapture(watch->stream, cudaStreamCaptureModeThreadLocal));
     lane->recording = true;
     for (int k = 0; k < times && status == AC_OK; k++) {
-        if (watch->copies) {
-            set_weight(ways, watch->copies + watch->pitch * (size_t)(k % watch->n_copies));
-        }
         status = ways->run(ways->context, i);
     }
-    set_weight(ways, weight);
     lane->recording = false;
     ac_status ended = ac_cuda_check(cudaStreamEndCapture(watch->stream, &graph),
                                     "cudaStreamEndCapture");
@@ -334,7 +295,6 @@ measure_there(ac_lane *lane, const ac_tune_ways *ways, stopwatch *watch, int32_t
     AC_CUDA(cudaStreamCreateWithFlags(&watch->stream, cudaStreamNonBlocking));
     /* What the problem reads is on its way. */
     AC_TRY(ac_cuda_launched(lane, cudaStreamSynchronize(before), "before a measurement"));
-    AC_TRY(copy_weight(ways, watch));
     lane->stream = watch->stream;
     ac_status status = measure_all(lane, ways, watch, best, least);
     lane->stream = before;
@@ -356,7 +316,6 @@ measure_new(ac_lane *lane, ac_tune *tune, const ac_tune_ways *ways, entry *e, in
     if (watch.stream) {
         cudaStreamDestroy(watch.stream);
     }
-    cudaFree(watch.copies); /* waits for what reads them */
     AC_TRY(status);
     ways->name(ways->context, *best, e->way);
     e->microseconds = 1e3 * least;

@@ -19,7 +19,6 @@ extern "C" {
 #endif
 
 enum { AC_TUNE_KEY = 320, AC_TUNE_WAY = 64 }; /* longest texts, with their ends */
-enum { AC_TUNE_WEIGHTS = 4 };
 
 typedef struct ac_tune_ways {
     const char *key;
@@ -30,11 +29,6 @@ typedef struct ac_tune_ways {
     /* Does the whole problem that way, again and again with the same result.  A way that fails is
      * not chosen. */
     ac_status (*run)(void *context, int32_t i);
-    /* Where the ways read the address of the problem's weight, and its size.  A network's weights
-     * do not fit into the cache, so each has left it when its layer runs again: runs are measured
-     * with one copy after the other.  Up to the first NULL. */
-    const void **weight[AC_TUNE_WEIGHTS];
-    size_t weight_bytes;
 } ac_tune_ways;
 
 /* *best is 0 where nothing may be measured.  The caller remembers it: a problem that has run once
