@@ -1,14 +1,15 @@
 /* layer_norm, rows in registers: y = (x - mean) / sqrt(variance + eps) gamma + beta.
  *
- * A warp a row, 16 bytes a load, each element read once: the mean, then the squares around it and
+ * As many lanes a row as give each a few loads of 16 bytes, so that a warp takes up to four rows
+ * and waits once for all of it; each element is read once: the mean, then the squares around it and
  * what rounding left of it, then the result, all from registers.
  * Bound: memory, one read and one write of the tensor. */
 #include "list.h"
-#include "reduce.cuh"
 #include "vector.cuh"
 
-static constexpr unsigned WARPS = 4; /* of a block: few rows still fill many multiprocessors */
-static constexpr int MOST = 10;      /* loads of a lane */
+static constexpr int WARPS = 4; /* of a block: few rows still fill many multiprocessors */
+static constexpr int FEW = 5;   /* loads of a lane, before a row takes more lanes */
+static constexpr int MOST = 10; /* when it cannot */
 
 struct rows {
     void *y;
@@ -18,57 +19,73 @@ struct rows {
     float eps;
 };
 
-template <typename T, int LOADS>
-__global__ static void __launch_bounds__(32 * WARPS)
-layer_norm_kernel(rows r)
+template <int LANES>
+__device__ static inline float
+sum_of(float v)
 {
-    constexpr int N = ac_wide<T>;
-    int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
-    int first = (int)(threadIdx.x % 32) * N;
-    if (row >= r.count) {
-        return;
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) {
+        v += __shfl_xor_sync(0xffffffffu, v, step);
     }
-    const T *x = (const T *)r.x + row * r.x_row;
+    return v;
+}
+
+/* LANES LOADS vectors are a row, or the last load goes beyond it. */
+template <typename T, int LANES, int LOADS>
+__global__ static void __launch_bounds__(32 * WARPS)
+layer_norm_kernel(const __grid_constant__ rows r)
+{
+    constexpr int N = ac_wide<T>, STEP = LANES * N;
+    int64_t row = (int64_t)blockIdx.x * (WARPS * 32 / LANES) + threadIdx.x / LANES;
+    int first = (int)(threadIdx.x % LANES) * N;
+    bool mine = row < r.count; /* others compute row 0 and keep it: warps stay whole */
+    const T *x = (const T *)r.x + (mine ? row : 0) * r.x_row;
+    uint4 raw[LOADS], gamma[LOADS], beta[LOADS];
+    float v[LOADS][N], sum = 0.0f, squares = 0.0f, rest = 0.0f, each = 1.0f / (float)r.columns;
+    auto there = [&](int i) { return i < LOADS - 1 || first + i * STEP < r.columns; };
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+        raw[i] = there(i) ? *(const uint4 *)(x + first + i * STEP) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) { /* in flight with the row */
+        int c = there(i) ? first + i * STEP : 0;
+        gamma[i] = *(const uint4 *)((const T *)r.gamma + c);
+        beta[i] = *(const uint4 *)((const T *)r.beta + c);
+    }
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+        ac_unpack_wide<T>(v[i], raw[i]);
+#pragma unroll
+        for (int e = 0; e < N; e++) {
+            sum += v[i][e];
+        }
+    }
+    float mean = sum_of<LANES>(sum) * each;
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+#pragma unroll
+        for (int e = 0; e < N; e++) {
+            v[i][e] = there(i) ? v[i][e] - mean : 0.0f;
+            rest += v[i][e];
+            squares += v[i][e] * v[i][e];
+        }
+    }
+    rest = sum_of<LANES>(rest) * each; /* rounding's part of the mean */
+    squares = sum_of<LANES>(squares) * each;
+    float scale = rsqrtf(fmaxf(squares - rest * rest, 0.0f) + r.eps);
     T *y = (T *)r.y + row * r.y_row;
-    float v[LOADS][N], sum = 0.0f, squares = 0.0f, rest = 0.0f;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        if (first + i * 32 * N < r.columns) {
-            ac_load_wide<T>(v[i], x + first + i * 32 * N);
+        float by[N], add[N];
+        ac_unpack_wide<T>(by, gamma[i]);
+        ac_unpack_wide<T>(add, beta[i]);
 #pragma unroll
-            for (int e = 0; e < N; e++) {
-                sum += v[i][e];
-            }
+        for (int e = 0; e < N; e++) {
+            v[i][e] = (v[i][e] - rest) * scale * by[e] + add[e];
         }
-    }
-    float mean = ac_reduce_warp(sum, ac_sum_of()) / (float)r.columns;
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-        if (first + i * 32 * N < r.columns) {
-#pragma unroll
-            for (int e = 0; e < N; e++) {
-                v[i][e] -= mean;
-                rest += v[i][e];
-                squares += v[i][e] * v[i][e];
-            }
-        }
-    }
-    rest = ac_reduce_warp(rest, ac_sum_of()) / (float)r.columns; /* rounding's part of the mean */
-    squares = ac_reduce_warp(squares, ac_sum_of()) / (float)r.columns;
-    float variance = fmaxf(squares - rest * rest, 0.0f);
-    float scale = 1.0f / sqrtf(variance + r.eps);
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-        int c = first + i * 32 * N;
-        if (c < r.columns) {
-            float gamma[N], beta[N];
-            ac_load_wide<T>(gamma, (const T *)r.gamma + c);
-            ac_load_wide<T>(beta, (const T *)r.beta + c);
-#pragma unroll
-            for (int e = 0; e < N; e++) {
-                v[i][e] = (v[i][e] - rest) * scale * gamma[e] + beta[e];
-            }
-            ac_store_wide<T>(y + c, v[i]);
+        if (mine && there(i)) {
+            ac_store_wide<T>(y + first + i * STEP, v[i]);
         }
     }
 }
@@ -88,7 +105,7 @@ rows_of(const ac_problem *p, rows *r)
     ac_walk walk = ac_walk_of(&lines, 2, strides);
     if (!ac_cuda_float(y->dtype) || x->dtype != y->dtype || gamma->dtype != y->dtype ||
         beta->dtype != y->dtype || walk.rank > 1 || columns % wide ||
-        columns > 32 * MOST * wide || x->stride[last] != 1 || y->stride[last] != 1 ||
+        columns < wide || columns > 32 * MOST * wide || x->stride[last] != 1 || y->stride[last] != 1 ||
         gamma->stride[0] != 1 || beta->stride[0] != 1) {
         return false;
     }
@@ -105,24 +122,29 @@ supports(const ac_problem *p, const ac_caps *)
     return rows_of(p, &r);
 }
 
-template <typename T, int LOADS>
+template <typename T, int LANES, int LOADS>
 static ac_status
 launch_loads(ac_lane *lane, const rows &r, int loads)
 {
-    if constexpr (LOADS < MOST) {
+    constexpr int LIMIT = LANES < 32 ? FEW : MOST;
+    if constexpr (LOADS < LIMIT) {
         if (loads > LOADS) {
-            return launch_loads<T, LOADS + 1>(lane, r, loads);
+            return launch_loads<T, LANES, LOADS + 1>(lane, r, loads);
         }
     }
-    dim3 grid((unsigned)ac_ceil_div(r.count, WARPS));
-    return ac_cuda_launch(lane, "layer_norm", layer_norm_kernel<T, LOADS>, grid, 32 * WARPS, 0, r);
+    dim3 grid((unsigned)ac_ceil_div(r.count, WARPS * 32 / LANES));
+    return ac_cuda_launch(lane, "layer_norm", layer_norm_kernel<T, LANES, LOADS>, grid,
+                          32 * WARPS, 0, r);
 }
 
 template <typename T>
 static ac_status
 launch_dtype(ac_lane *lane, const rows &r)
 {
-    return launch_loads<T, 1>(lane, r, (int)ac_ceil_div(r.columns, 32 * ac_wide<T>));
+    int vectors = r.columns / ac_wide<T>;
+    return vectors <= 8 * FEW    ? launch_loads<T, 8, 1>(lane, r, (int)ac_ceil_div(vectors, 8))
+           : vectors <= 16 * FEW ? launch_loads<T, 16, 3>(lane, r, (int)ac_ceil_div(vectors, 16))
+                                 : launch_loads<T, 32, 3>(lane, r, (int)ac_ceil_div(vectors, 32));
 }
 
 static ac_status
