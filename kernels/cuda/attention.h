@@ -37,13 +37,14 @@ ac_status ac_cuda_flash(ac_lane *lane, const ac_attention_job *job);
 size_t ac_attention_wide_scratch(const ac_attention_job *job);
 ac_status ac_cuda_attention_wide_run(ac_lane *lane, const ac_attention_job *job, void *scratch);
 
-/* out [rows, columns] = gain softmax(factor scores); columns a multiple of 4. */
+/* out [rows, columns] = gain softmax(factor scores), zeros from there to the row's end. */
 enum { AC_SOFTMAX_COLUMNS = 16384 };
 typedef struct ac_softmax {
     const float *scores;
     void *out;      /* f32: may be the scores */
     ac_dtype dtype; /* f16, bf16 or f32 */
     int64_t rows, columns;
+    int64_t pitch;  /* elements from row to row, of both; a multiple of 4 */
     float factor, gain;
 } ac_softmax;
 

@@ -57,7 +57,8 @@ struct ac_cuda_blas {
 bool ac_blas_found(void);
 /* Makes libraries->blas; the rest, too, is called between ac_cuda_libraries_enter and _leave. */
 ac_status ac_blas_open(ac_cuda_libraries *libraries);
-/* Everything is in units of 16 bytes.  AC_E_UNSUPPORTED: the library has no algorithm. */
+/* Everything is in units of 16 bytes, but n and rows of out and residual where those are f32.
+ * AC_E_UNSUPPORTED: the library has no algorithm. */
 ac_status ac_blas_multiply(const ac_blas_call *call, const ac_blas_key *key);
 /* A key as text, for tune.c; returns its length. */
 int ac_blas_key_text(char *text, size_t size, const char *what, const ac_blas_key *key);

@@ -205,7 +205,10 @@ static ac_status
 ask(ac_cuda_blas *blas, product *p, cublasLtMatmulPreference_t preference)
 {
     size_t workspace = AC_BLAS_WORKSPACE;
-    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE, alignment = 16;
+    const ac_blas_key *k = &p->key;
+    bool even = k->dtype != AC_F32 || (k->n % 4 == 0 && k->out_row % 4 == 0);
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE, alignment[] = {16, 16, 16, 16};
+    alignment[2] = alignment[3] = even ? 16 : 4;
     static const cublasLtMatmulPreferenceAttributes_t sides[] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
@@ -214,7 +217,8 @@ ask(ac_cuda_blas *blas, product *p, cublasLtMatmulPreference_t preference)
     LT(MatmulPreferenceSetAttribute, preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
        &reduction, sizeof reduction);
     for (size_t i = 0; i < AC_ARRAY_LEN(sides); i++) {
-        LT(MatmulPreferenceSetAttribute, preference, sides[i], &alignment, sizeof alignment);
+        LT(MatmulPreferenceSetAttribute, preference, sides[i], &alignment[i],
+           sizeof alignment[i]);
     }
     cublasLtMatmulHeuristicResult_t result[ALGORITHMS];
     int found = 0;

@@ -10,7 +10,6 @@
 #include "list.h"
 
 #define SCORE_BYTES ((size_t)200 << 20)
-#define CACHED_BYTES ((size_t)32 << 20) /* of f32 */
 #define GAIN 1024.0f
 
 static bool
@@ -30,23 +29,30 @@ supports(const ac_problem *p, const ac_caps *caps)
     int64_t unit = 16 / (int64_t)ac_dtype_size(j.q.dtype);
     bool here = j.q.dtype == AC_F32 || caps->isa >= (j.q.dtype == AC_F16 ? 75 : 80);
     return here && fits(&j.q, j.q.dtype) && fits(&j.k, j.q.dtype) && fits(&j.v, j.q.dtype) &&
-           fits(&j.out, j.q.dtype) && j.d % unit == 0 && j.tk % unit == 0 && j.tk > 0 &&
-           j.tq > 0 && j.tk <= AC_SOFTMAX_COLUMNS && ac_blas_found();
+           fits(&j.out, j.q.dtype) && j.d % unit == 0 &&
+           (j.q.dtype == AC_F32 || j.tk % unit == 0) && j.tk > 0 && j.tq > 0 &&
+           j.tk <= AC_SOFTMAX_COLUMNS && ac_blas_found();
+}
+
+/* A row of scores begins at a multiple of 16 bytes. */
+static int64_t
+pitch_of(const ac_attention_job *j)
+{
+    return (j->tk + 3) / 4 * 4;
 }
 
 static int64_t
 queries_at_once(const ac_attention_job *j)
 {
     size_t key = j->q.dtype == AC_F32 ? sizeof(float) : sizeof(float) + 2;
-    size_t bytes = j->q.dtype == AC_F32 ? CACHED_BYTES : SCORE_BYTES;
-    int64_t most = (int64_t)(bytes / (key * (size_t)(j->tk * j->heads))) / 128 * 128;
+    int64_t most = (int64_t)(SCORE_BYTES / (key * (size_t)(pitch_of(j) * j->heads))) / 128 * 128;
     return AC_MIN(j->tq, AC_MAX(most, 128));
 }
 
 static size_t
 score_bytes(const ac_attention_job *j)
 {
-    size_t scores = (size_t)(j->heads * queries_at_once(j) * j->tk);
+    size_t scores = (size_t)(j->heads * queries_at_once(j) * pitch_of(j));
     return ac_align_up(scores * sizeof(float), 256);
 }
 
@@ -82,9 +88,9 @@ run_part(ac_blas_call *call, const ac_attention_job *j, bool tf32, int64_t image
     char *scores = (char *)call->workspace + AC_BLAS_WORKSPACE;
     char *shares = scores + (dtype == AC_F32 ? 0 : score_bytes(j));
     float gain = dtype == AC_F32 ? 1.0f : GAIN;
-    int64_t head = count * j->tk;
+    int64_t pitch = pitch_of(j), head = count * pitch;
     ac_blas_key key = {.m = count, .n = j->tk, .k = j->d, .x_row = j->q.t, .w_row = j->k.t,
-                       .out_row = j->tk, .dtype = dtype, .out_dtype = AC_F32, .tf32 = tf32};
+                       .out_row = pitch, .dtype = dtype, .out_dtype = AC_F32, .tf32 = tf32};
     if (j->heads > 1) {
         key.batch = j->heads;
         key.x_batch = key.w_batch = j->d;
@@ -96,9 +102,10 @@ run_part(ac_blas_call *call, const ac_attention_job *j, bool tf32, int64_t image
     call->factor = 1.0f;
     AC_TRY(ac_blas_multiply(call, &key));
     ac_softmax s = {.scores = (const float *)scores, .out = shares, .dtype = j->q.dtype,
-                    .rows = count * j->heads, .columns = j->tk, .factor = j->scale, .gain = gain};
+                    .rows = count * j->heads, .columns = j->tk, .pitch = pitch, .factor = j->scale,
+                    .gain = gain};
     AC_TRY(ac_cuda_softmax(call->lane, &s));
-    key = (ac_blas_key){.m = count, .n = j->d, .k = j->tk, .x_row = j->tk, .w_row = j->v.t,
+    key = (ac_blas_key){.m = count, .n = j->d, .k = j->tk, .x_row = pitch, .w_row = j->v.t,
                         .out_row = j->out.t, .dtype = dtype, .out_dtype = dtype, .w_by_k = 1,
                         .tf32 = tf32};
     if (j->heads > 1) {

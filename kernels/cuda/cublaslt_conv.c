@@ -34,8 +34,8 @@ bool
 ac_blas_conv_fits(const ac_blas_conv *c)
 {
     int64_t unit = 16 / (int64_t)ac_dtype_size(c->dtype);
-    return c->c_in % unit == 0 && c->c_out % unit == 0 && row_of(c) <= INT32_MAX / 128 &&
-           c->c_out <= INT32_MAX / 128 && c->height * c->width <= INT32_MAX && ac_blas_found();
+    bool channels = c->c_in % unit == 0 && (c->dtype == AC_F32 || c->c_out % unit == 0);
+    return channels && row_of(c) <= INT32_MAX / 128 && c->c_out <= INT32_MAX / 128 && c->height * c->width <= INT32_MAX && ac_blas_found();
 }
 
 size_t

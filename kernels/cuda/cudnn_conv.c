@@ -190,7 +190,7 @@ run_job(ac_lane *lane, job *j, bool has_gemm)
         call.own[call.n_own++] = (ac_dnn_own){"own", run_own};
         call.n_slow = 1;
     }
-    call.without = gathered && key->dtype == AC_F32 && !key->tf32;
+    call.without = key->dtype == AC_F32 && !key->tf32;
     if (r->bias) {
         call.id[call.n_operands] = B;
         call.address[call.n_operands++] = r->bias;

@@ -13,18 +13,17 @@ __global__ static void __launch_bounds__(AC_THREADS)
 softmax_rows_kernel(ac_softmax s)
 {
     __shared__ float shared[2][AC_THREADS / 32];
-    const float *line = s.scores + (int64_t)blockIdx.x * s.columns;
-    T *out = (T *)s.out + (int64_t)blockIdx.x * s.columns;
+    const float *line = s.scores + (int64_t)blockIdx.x * s.pitch;
+    T *out = (T *)s.out + (int64_t)blockIdx.x * s.pitch;
     float v[FOURS][4], most = -INFINITY, sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < FOURS; i++) {
         int64_t at = ((int64_t)i * AC_THREADS + threadIdx.x) * 4;
-        float4 four = at < s.columns ? *(const float4 *)(line + at)
-                                     : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-        v[i][0] = four.x * s.factor;
-        v[i][1] = four.y * s.factor;
-        v[i][2] = four.z * s.factor;
-        v[i][3] = four.w * s.factor;
+        float4 four = at < s.pitch ? *(const float4 *)(line + at) : make_float4(0, 0, 0, 0);
+        v[i][0] = at < s.columns ? four.x * s.factor : -INFINITY;
+        v[i][1] = at + 1 < s.columns ? four.y * s.factor : -INFINITY;
+        v[i][2] = at + 2 < s.columns ? four.z * s.factor : -INFINITY;
+        v[i][3] = at + 3 < s.columns ? four.w * s.factor : -INFINITY;
         most = fmaxf(most, fmaxf(fmaxf(v[i][0], v[i][1]), fmaxf(v[i][2], v[i][3])));
     }
     most = ac_reduce_block(most, shared[0], ac_most_of());
@@ -41,7 +40,7 @@ softmax_rows_kernel(ac_softmax s)
 #pragma unroll
     for (int i = 0; i < FOURS; i++) {
         int64_t at = ((int64_t)i * AC_THREADS + threadIdx.x) * 4;
-        if (at < s.columns) {
+        if (at < s.pitch) {
             using vector = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
             alignas(16) T four[4] = {(T)(v[i][0] * share), (T)(v[i][1] * share),
                                      (T)(v[i][2] * share), (T)(v[i][3] * share)};
@@ -55,9 +54,9 @@ static ac_status
 launch(ac_lane *lane, const ac_softmax *s)
 {
     dim3 grid((unsigned)s->rows);
-    return s->columns <= 1024
+    return s->pitch <= 1024
                ? ac_cuda_launch(lane, "softmax", softmax_rows_kernel<T, 1>, grid, AC_THREADS, 0, *s)
-           : s->columns <= 4096
+           : s->pitch <= 4096
                ? ac_cuda_launch(lane, "softmax", softmax_rows_kernel<T, 4>, grid, AC_THREADS, 0, *s)
                : ac_cuda_launch(lane, "softmax", softmax_rows_kernel<T, 16>, grid, AC_THREADS, 0,
                                 *s);

@@ -314,7 +314,8 @@ agrees(const setup *s, const ac_kernel *kernel, const char *isa, const char *res
         most = fmax(most, fabs(s->expected[i]));
         squares += s->expected[i] * s->expected[i];
     }
-    double rounding = s->problem.tf32 ? 1.5e-3 : rounding_of(out->dtype); /* of factors, then */
+    /* Of factors, then; cuDNN cuts them off, so that errors of a large mean add up. */
+    double rounding = s->problem.tf32 ? 2.5e-3 : rounding_of(out->dtype);
     if (s->c->op == AC_OP_ATTENTION) {
         rounding *= 2.0; /* the exponents are rounded too, before they meet v */
     }
