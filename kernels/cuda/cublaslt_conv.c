@@ -35,7 +35,8 @@ ac_blas_conv_fits(const ac_blas_conv *c)
 {
     int64_t unit = 16 / (int64_t)ac_dtype_size(c->dtype);
     bool channels = c->c_in % unit == 0 && (c->dtype == AC_F32 || c->c_out % unit == 0);
-    return channels && row_of(c) <= INT32_MAX / 128 && c->c_out <= INT32_MAX / 128 && c->height * c->width <= INT32_MAX && ac_blas_found();
+    return channels && row_of(c) <= INT32_MAX / 128 && c->c_out <= INT32_MAX / 128 &&
+           c->height * c->width <= INT32_MAX && ac_blas_found();
 }
 
 size_t
