@@ -2,6 +2,7 @@
  *
  *     a run as usual           derives weights, lets kernels choose algorithms, binds addresses
  *     each section recorded    once as it is, once with a mark before and after each step
+ *     the sampler, in a loop   recorded with marks too, over memory of its own
  *     replayed, read           `repeats` times; the best of each step
  *
  * Without a backend that records (the CPU) sections are launched, and the host's clock read. */
@@ -52,13 +53,29 @@ read_marks(timer *t, int32_t count)
 typedef struct section {
     int32_t first, end;
     bool each; /* a mark after every step, or only at both ends */
+    const ac_sampler_job *job; /* not NULL: its two phases, instead of steps */
 } section;
+
+static ac_status
+launch_sampler(timer *t, const ac_sampler_job *job)
+{
+    const ac_device *device = t->exec->plan->device;
+    for (int32_t i = 0; i < 2; i++) {
+        ac_sampler_phase phase = i ? AC_SAMPLER_APPLY : AC_SAMPLER_SCALE;
+        AC_TRY(device->backend->sampler(device->self, t->lane->lane, job, phase));
+        AC_TRY(mark(t, i + 1));
+    }
+    return AC_OK;
+}
 
 static ac_status
 launch(timer *t, const section *s)
 {
     int32_t marks = 0;
     AC_TRY(mark(t, marks++));
+    if (s->job) {
+        return launch_sampler(t, s->job);
+    }
     for (int32_t i = s->first; i < s->end; i++) {
         ac_exec_resolve(t->exec, t->lane, i);
         AC_TRY(ac_exec_launch(t->exec, t->lane, i));
@@ -94,7 +111,7 @@ static ac_status
 time_section(timer *t, const section *s, int32_t repeats, double *best)
 {
     const ac_device *device = t->exec->plan->device;
-    int32_t times = s->each ? s->end - s->first : 1;
+    int32_t times = s->job ? 2 : s->each ? s->end - s->first : 1;
     AC_TRY(launch(t, s)); /* also makes the marks, which a recording must not */
     AC_TRY(device->backend->sync(device->self, t->lane->lane));
     if (t->exec->can_record && record(t, s) < 0) {
@@ -113,6 +130,105 @@ time_section(timer *t, const section *s, int32_t repeats, double *best)
     return AC_OK;
 }
 
+/* ---- the sampler ----------------------------------------------------------------------------- */
+
+static const ac_value *
+find_input(const ac_exec *e, const char *name)
+{
+    for (int32_t i = 0; i < e->n_edges; i++) {
+        const ac_value *value = &e->plan->graph->values[e->edge_at[i]];
+        if (!value->output && strcmp(value->name, name) == 0) {
+            return value;
+        }
+    }
+    return NULL;
+}
+
+/* Offsets of what a job works on; all the rest is from `arrays` on, `all` bytes each. */
+typedef struct job_layout {
+    size_t n_rows, rows, arrays, all, total;
+} job_layout;
+
+/* Applying a row goes on to the next one: there is a row for every time that it runs. */
+static job_layout
+lay_out_job(const ac_value *sample, int32_t repeats)
+{
+    job_layout m = {.n_rows = (size_t)repeats + 4, .rows = 256};
+    m.all = ac_align_up((size_t)ac_shape_count(&sample->shape) * sizeof(float), 256);
+    m.arrays = ac_align_up(m.rows + m.n_rows * sizeof(ac_sched_row), 256);
+    m.total = m.arrays + (3 + AC_SCHED_REGISTERS) * m.all;
+    return m;
+}
+
+static ac_sampler_job
+make_job(const ac_value *sample, const job_layout *m, char *base)
+{
+    int64_t batch = sample->shape.dim[0];
+    bool guided = batch % 2 == 0;
+    ac_sampler_job job = {.images = guided ? batch / 2 : batch, .guided = guided,
+                          .per_image = ac_shape_count(&sample->shape) / batch,
+                          .io = sample->dtype, .state = (ac_sampler_state *)base,
+                          .rows = (const ac_sched_row *)(base + m->rows),
+                          .sample = base + m->arrays,
+                          .output = (float *)(base + m->arrays + m->all),
+                          .latents = (float *)(base + m->arrays + 2 * m->all)};
+    for (size_t i = 0; i < AC_SCHED_REGISTERS; i++) {
+        job.registers[i] = (float *)(base + m->arrays + (3 + i) * m->all);
+    }
+    return job;
+}
+
+static void
+fill_rows(const job_layout *m, char *host)
+{
+    ac_sampler_state *state = (ac_sampler_state *)host;
+    ac_sched_row *rows = (ac_sched_row *)(host + m->rows);
+    state->guidance_scale = 7.5;
+    for (size_t i = 0; i < m->n_rows; i++) {
+        rows[i] = (ac_sched_row){.scale_in = 0.9, .m_x = 1.1, .m_e = -0.4, .n_stores = 1};
+        rows[i].x_next[AC_BASIS_X] = rows[i].x_next[AC_BASIS_M] = 0.5;
+        rows[i].x_next[AC_BASIS_R0] = 0.3;
+        rows[i].store[0].c[AC_BASIS_M] = 1.0;
+    }
+}
+
+static ac_status
+time_job(timer *t, const ac_value *sample, int32_t repeats, char *host, double *best)
+{
+    ac_device *device = t->exec->plan->device;
+    job_layout m = lay_out_job(sample, repeats);
+    void *memory;
+    fill_rows(&m, host);
+    AC_TRY(ac_device_alloc(device, m.total, &memory));
+    ac_sampler_job job = make_job(sample, &m, memory);
+    section s = {.job = &job};
+    ac_status status = device->backend->upload(device->self, t->lane->lane, memory, host, m.total);
+    if (status == AC_OK) {
+        status = time_section(t, &s, repeats, best);
+    }
+    ac_status done = device->backend->sync(device->self, t->lane->lane);
+    ac_device_free(device, memory);
+    return status < 0 ? status : done;
+}
+
+/* Only a loop's plan takes the row it is at. */
+static ac_status
+time_sampler(timer *t, int32_t repeats, double *best)
+{
+    const ac_value *sample = find_input(t->exec, "sample");
+    if (!sample || !find_input(t->exec, "step")) {
+        return AC_OK;
+    }
+    size_t bytes = lay_out_job(sample, repeats).total;
+    char *host = ac_calloc(1, bytes);
+    if (!host) {
+        return ac_no_memory(bytes);
+    }
+    ac_status status = time_job(t, sample, repeats, host, best);
+    ac_free(host);
+    return status;
+}
+
 static ac_status
 time_all(timer *t, int32_t repeats, ac_profile_times *times)
 {
@@ -126,7 +242,7 @@ time_all(timer *t, int32_t repeats, ac_profile_times *times)
         s.each = true;
         AC_TRY(time_section(t, &s, repeats, times->step + s.first));
     }
-    return AC_OK;
+    return time_sampler(t, repeats, times->sampler);
 }
 
 ac_status

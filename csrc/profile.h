@@ -19,11 +19,13 @@ typedef struct ac_profile_args {
 typedef struct ac_profile_times {
     double *step;                   /* one a step of the plan; 0 at LOAD rate */
     double section[AC_RATE_COUNT];  /* launched without anything in between */
+    double sampler[2];              /* before and after the step section of a loop, else 0 */
 } ac_profile_times;
 
 /* Runs the exec, whose edges are bound, and times it.  On a GPU by events around each launch of a
  * recording, so that the host's pace is not in the numbers; an event costs a microsecond or so,
- * which `section` shows. */
+ * which `section` shows.  The sampler's row is a linear one with guidance where the batch is even,
+ * without noise, rescale or thresholds. */
 ac_status ac_exec_profile(ac_exec *exec, int32_t repeats, ac_profile_times *times);
 
 /* The plan for this shape over random inputs, as tables or JSON: by section, class of op, kernel,

@@ -122,6 +122,10 @@ sections_text(const table *sections, const ac_profile_times *times, ac_text *tex
         ac_text_printf(text, "%-8s section: %.3f ms in one go, %.3f ms summed over %d steps\n",
                        r->name, times->section[r->rate], r->ms, r->steps);
     }
+    if (times->sampler[1] > 0.0) {
+        ac_text_printf(text, "sampler, in each row of the loop: %.3f ms before the step section, "
+                             "%.3f ms after it\n", times->sampler[0], times->sampler[1]);
+    }
 }
 
 static void
@@ -207,7 +211,13 @@ head_json(const ac_plan *plan, const char *model, const ac_profile_args *args,
         ac_text_printf(text, ",\"steps\":%d,\"whole_ms\":%.6f}", sections->rows[i].steps,
                        times->section[sections->rows[i].rate]);
     }
-    ac_text_printf(text, "]");
+    ac_text_printf(text, "],\n\"sampler\":");
+    if (times->sampler[1] > 0.0) {
+        ac_text_printf(text, "{\"before_ms\":%.6f,\"after_ms\":%.6f}", times->sampler[0],
+                       times->sampler[1]);
+    } else {
+        ac_text_printf(text, "null");
+    }
 }
 
 /* ---- all of it ------------------------------------------------------------------------------- */

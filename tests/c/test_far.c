@@ -1,5 +1,6 @@
 /* test_far: the engine on a device whose memory it must not touch (far_device.h), against the CPU:
  * uploads, slots, recordings, streams and the loop. */
+#include "../../csrc/profile.h"
 #include "far_rig.h"
 
 /* Each sampler, with and without guidance, host and device operands; a second call replays from its
@@ -252,6 +253,29 @@ recording_is_switched_off(void)
     close_both();
 }
 
+/* Its job lies in the device's memory, is recorded, and nothing of it stays. */
+static void
+a_loop_is_profiled_with_its_sampler(void)
+{
+    const ac_build_args args = {.entry = "forward", .batch = 2 * IMAGES, .height = SIZE,
+                                .width = SIZE, .tokens = TOKENS, .timesteps = STEPS, .loop = true};
+    const ac_profile_args how = {.repeats = 3};
+    open_both();
+    for (int call = 0; call < 2; call++) {
+        ac_text text = {0};
+        size_t live = far.live;
+        start_count();
+        CHECK_OK(ac_model_profile(there.model, &args, &how, true, &text));
+        CHECK(strstr(text.data, "\"sampler\":{\"before_ms\":"));
+        /* three sections, each twice, and the sampler; the second call's own run replays too */
+        CHECK_INT(far.replays, 7 * how.repeats + call);
+        CHECK_INT(far.recordings, call);
+        CHECK(call == 0 || far.live == live);
+        ac_text_free(&text);
+    }
+    close_both();
+}
+
 static const char *const attention = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
                                      ".weight";
 
@@ -354,5 +378,6 @@ TEST_MAIN(TEST(loops_agree_with_the_cpu), TEST(callbacks_see_and_change_latents)
           TEST(rows_follow_each_other), TEST(a_poll_ends_the_run),
           TEST(latents_that_are_not_finite_are_an_error), TEST(streams_are_ordered_and_read),
           TEST(a_device_that_cannot_record_launches), TEST(recording_is_switched_off),
+          TEST(a_loop_is_profiled_with_its_sampler),
           TEST(changed_weights_are_read), TEST(calls_agree_wherever_operands_are),
           TEST(strided_inputs_are_packed))

@@ -40,6 +40,18 @@ def test_tables_add_up(unet):
     assert 0.2 < whole["ms"] / whole["whole_ms"] < 5  # the same work, on a shared machine
 
 
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_a_loop_s_profile_has_its_sampler(unet, batch):
+    sizes = SIZES | {"batch": batch, "timesteps": 7}
+    data = json.loads(accel.explain(unet, profile=True, json=True, repeats=3, loop=True, **sizes))
+    assert 0 < data["sampler"]["before_ms"] < 1e3 and 0 < data["sampler"]["after_ms"] < 1e3
+    text = accel.explain(unet, profile=True, repeats=1, loop=True, **sizes)
+    assert "sampler, in each row of the loop: 0." in text
+    alone = json.loads(accel.explain(unet, profile=True, json=True, repeats=1, **SIZES))
+    assert alone["sampler"] is None
+    assert "sampler, in" not in accel.explain(unet, profile=True, repeats=1, **SIZES)
+
+
 def test_bounds(unet):
     data = json.loads(accel.explain(unet, profile=True, json=True, repeats=1, peaks=(1e9, 1e8),
                                     **SIZES))
