@@ -25,7 +25,7 @@ import accel  # noqa: E402
 from accel import _core, schedules  # noqa: E402
 
 STEPS = 6
-LARGE = {"height": 384, "width": 384, "output_type": "latent"}  # rows of some milliseconds
+LARGE = {"height": 160, "width": 160, "output_type": "latent"}  # rows of some milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_a_run_is_stopped_from_outside(pipes, monkeypatch, how):
 
 def test_own_pipeline_is_stopped_by_a_signal(folder):
     pipe = accel.Pipeline.from_pretrained(folder, device="cuda")
-    options = {"height": 384, "width": 384, "progress_bar": False, "output_type": "latent"}
+    options = LARGE | {"progress_bar": False}
     pipe("a", num_inference_steps=2, **options)
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     start = time.perf_counter()
