@@ -240,7 +240,8 @@ def compile(x, *, passes_off=""):  # the name is the point
     Moving a module (`.to`, offloading) frees all that the engine holds for it; the next call binds
     it anew. On a GPU parameters are laid out in place as the engine reads them, so that there is no
     second copy, and changes are noticed by address and version: after `p.data.mul_(...)`, which
-    leaves both, call `accel.refresh(x)`.
+    leaves both, call `accel.refresh(x)`. What the engine keeps there beside comes from PyTorch's
+    allocator (PyTorch 2.10 and later), so its counters and limits hold for that too.
 
     Raises
     ------
