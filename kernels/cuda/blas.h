@@ -45,10 +45,14 @@ typedef struct ac_blas_layer {
     int32_t pad;
 } ac_blas_layer;
 
+typedef struct ac_blas_pool ac_blas_pool; /* cublaslt.c's */
+
 struct ac_cuda_blas {
     cublasLtHandle_t handle;
     struct product *products; /* cublaslt.c's */
     int32_t n_products, products_capacity;
+    ac_blas_pool *pools;
+    int32_t n_pools, pools_capacity;
     ac_blas_layer *layers;
     int32_t n_layers, layers_capacity;
 };

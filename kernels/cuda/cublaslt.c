@@ -3,8 +3,9 @@
  * Row-major y [m, n] = x w^T is the column-major product y^T [n, m] = w x^T, so w is the left
  * operand, and a bias runs along the rows of the result.
  *
- * The heuristic names up to 16 algorithms; tune.c picks one.  Atomics and sums in f16 are left
- * out, so results are the same in every run.
+ * tune.c picks one of the algorithms that the heuristic names, eight or so, and of those that it
+ * names for other sizes (pool), among which the best one often is.  Atomics and sums in f16 are
+ * left out, so results are the same in every run.
  *
  * Built where cublasLt.h is found; without the library, the next kernels of the list are taken. */
 #include "blas.h"
@@ -15,7 +16,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { ALGORITHMS = 16 };
+enum { ALGORITHMS = 16, POOL = 64, WAYS = ALGORITHMS + POOL };
 
 /* ---- the library ----------------------------------------------------------------------------- */
 
@@ -24,6 +25,7 @@ enum { ALGORITHMS = 16 };
     X(Destroy)                                                                                     \
     X(GetVersion)                                                                                  \
     X(Matmul)                                                                                      \
+    X(MatmulAlgoCheck)                                                                             \
     X(MatmulAlgoGetHeuristic)                                                                      \
     X(MatmulDescCreate)                                                                            \
     X(MatmulDescDestroy)                                                                           \
@@ -117,9 +119,17 @@ typedef struct product {
     ac_blas_key key;
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t w, x, c, out;
-    cublasLtMatmulAlgo_t algorithm[ALGORITHMS]; /* in the heuristic's order */
+    cublasLtMatmulAlgo_t algorithm[WAYS]; /* in the heuristic's order, then the pool's */
     int32_t count, chosen; /* chosen -1: not yet */
 } product;
+
+/* Algorithms that the heuristic names for the sizes below; the same in every process, so that a
+ * choice that was remembered is found. */
+struct ac_blas_pool {
+    int32_t dtype, out_dtype, w_by_k, tf32;
+    cublasLtMatmulAlgo_t algorithm[POOL];
+    int32_t count;
+};
 
 /* A call with what was found for it; a tune context. */
 typedef struct trial {
@@ -155,6 +165,7 @@ ac_cuda_blas_free(ac_cuda_blas *blas)
         lt.Destroy(blas->handle);
     }
     ac_cuda_host->free(blas->products);
+    ac_cuda_host->free(blas->pools);
     ac_cuda_host->free(blas->layers);
     ac_cuda_host->free(blas);
 }
@@ -236,7 +247,7 @@ ask(ac_cuda_blas *blas, product *p, cublasLtMatmulPreference_t preference)
 }
 
 static ac_status
-list_algorithms(ac_cuda_blas *blas, product *p)
+ask_heuristic(ac_cuda_blas *blas, product *p)
 {
     cublasLtMatmulPreference_t preference;
     AC_TRY(describe(p));
@@ -244,6 +255,93 @@ list_algorithms(ac_cuda_blas *blas, product *p)
     ac_status status = ask(blas, p, preference);
     lt.MatmulPreferenceDestroy(preference);
     return status;
+}
+
+static bool
+has(const cublasLtMatmulAlgo_t *list, int32_t count, const cublasLtMatmulAlgo_t *algorithm)
+{
+    for (int32_t i = 0; i < count; i++) {
+        if (memcmp(&list[i], algorithm, sizeof *algorithm) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Layers of the real models, from text encoders to the widest ones. */
+static const int64_t pool_sizes[][3] = {
+    {128, 1280, 1280}, {154, 768, 768}, {154, 3072, 768}, {512, 1280, 1280}, {512, 10240, 1280},
+    {512, 1280, 5120}, {2048, 640, 640}, {2048, 5120, 640}, {2048, 1280, 1280},
+    {2048, 3840, 1280}, {2048, 10240, 1280}, {2048, 1280, 5120}, {8192, 320, 320},
+    {8192, 2560, 320}, {8192, 320, 1280}, {8192, 640, 640}, {8192, 1920, 640}, {8192, 5120, 640},
+    {8192, 640, 2560}, {128, 1280, 11520}, {512, 1280, 11520},
+};
+
+static ac_status
+fill_pool(ac_cuda_blas *blas, const ac_blas_key *like, ac_blas_pool *pool)
+{
+    for (size_t i = 0; i < AC_ARRAY_LEN(pool_sizes); i++) {
+        const int64_t *size = pool_sizes[i];
+        product p = {.key = {.m = size[0], .n = size[1], .k = size[2], .x_row = size[2],
+                             .w_row = like->w_by_k ? size[1] : size[2], .out_row = size[1],
+                             .dtype = like->dtype, .out_dtype = like->out_dtype,
+                             .bias = like->out_dtype == like->dtype, .w_by_k = like->w_by_k,
+                             .tf32 = like->tf32}};
+        ac_status status = ask_heuristic(blas, &p);
+        for (int32_t k = 0; status == AC_OK && k < p.count && pool->count < POOL; k++) {
+            if (!has(pool->algorithm, pool->count, &p.algorithm[k])) {
+                pool->algorithm[pool->count++] = p.algorithm[k];
+            }
+        }
+        product_free(&p);
+        AC_TRY(status);
+    }
+    return AC_OK;
+}
+
+static ac_status
+find_pool(ac_cuda_blas *blas, const ac_blas_key *key, const ac_blas_pool **out)
+{
+    ac_blas_pool *pool;
+    for (int32_t i = 0; i < blas->n_pools; i++) {
+        pool = &blas->pools[i];
+        if (pool->dtype == key->dtype && pool->out_dtype == key->out_dtype &&
+            pool->w_by_k == key->w_by_k && pool->tf32 == key->tf32) {
+            *out = pool;
+            return AC_OK;
+        }
+    }
+    AC_TRY(ac_cuda_heap_grow((void **)&blas->pools, blas->n_pools, &blas->pools_capacity,
+                             sizeof *pool));
+    pool = &blas->pools[blas->n_pools];
+    *pool = (ac_blas_pool){.dtype = key->dtype, .out_dtype = key->out_dtype,
+                           .w_by_k = key->w_by_k, .tf32 = key->tf32};
+    AC_TRY(fill_pool(blas, key, pool));
+    blas->n_pools++;
+    *out = pool;
+    return AC_OK;
+}
+
+static ac_status
+list_algorithms(ac_cuda_blas *blas, product *p)
+{
+    const ac_blas_pool *pool;
+    AC_TRY(ask_heuristic(blas, p));
+    if (p->key.batch > 1 || p->count == 0) {
+        return AC_OK;
+    }
+    AC_TRY(find_pool(blas, &p->key, &pool));
+    for (int32_t i = 0; i < pool->count && p->count < WAYS; i++) {
+        cublasLtMatmulHeuristicResult_t result;
+        const cublasLtMatmulAlgo_t *algorithm = &pool->algorithm[i];
+        if (!has(p->algorithm, p->count, algorithm) &&
+            lt.MatmulAlgoCheck(blas->handle, p->desc, p->w, p->x, p->c, p->out, algorithm,
+                               &result) == CUBLAS_STATUS_SUCCESS &&
+            result.workspaceSize <= AC_BLAS_WORKSPACE) {
+            p->algorithm[p->count++] = *algorithm;
+        }
+    }
+    return AC_OK;
 }
 
 static ac_status
