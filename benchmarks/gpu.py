@@ -23,7 +23,6 @@ import contextlib
 import copy
 import ctypes
 import datetime
-import gc
 import json
 import os
 import platform
@@ -36,135 +35,17 @@ import threading
 import time
 from pathlib import Path
 
+import gpu_networks
+from gpu_networks import cases, device, free, make, sync
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "tests" / "configs"
-TINY = False  # --tiny: networks of a few channels on the CPU, to try this script
 
 
-def device():
-    return "cpu" if TINY else "cuda"
-
-
-def sync():
-    import torch
-
-    if not TINY:
-        torch.cuda.synchronize()
-
-
-def free():
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-# ---- networks ------------------------------------------------------------------------------------
-
-
-def config_of(name):
-    """Return a published config, or with --tiny a small one of that kind."""
-    config = json.loads((CONFIGS / f"{name}.json").read_text())
-    if TINY and "block_out_channels" in config:
-        n = len(config["block_out_channels"])
-        config["block_out_channels"] = [32 * (i + 1) for i in range(n)]
-        if "unet" in name:
-            config |= {"norm_num_groups": 8, "attention_head_dim": [4 * (i + 1) for i in range(n)]}
-            config["transformer_layers_per_block"] = 1
-            config["cross_attention_dim"] = 128 if "sdxl" in name else 64
-            if "projection_class_embeddings_input_dim" in config:
-                config["projection_class_embeddings_input_dim"] = 6 * 256 + 64
-    elif TINY:
-        config |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-                   "num_attention_heads": 2, "projection_dim": 64}
-    return config
-
-
-def make(name, dtype):
-    """The module of a published config with random weights, made on the GPU."""
-    import torch
-
-    config = config_of(name)
-    with torch.device(device()):
-        if "architectures" in config:
-            import transformers
-
-            cls = getattr(transformers, config["architectures"][0])
-            module = cls(transformers.CLIPTextConfig(**config))
-        else:
-            import diffusers
-
-            cls = getattr(diffusers, config["_class_name"])
-            module = cls(**{k: v for k, v in config.items() if not k.startswith("_")})
-    generator = torch.Generator(device()).manual_seed(0)
-    with torch.no_grad():
-        for key, p in module.named_parameters():
-            value = torch.randn(p.shape, generator=generator, device=device())
-            if p.ndim == 1:
-                value = value.mul_(0.1).add_(1.0 if key.endswith("weight") else 0.0)
-            elif "embedding" not in key or "linear" in key:
-                value = value.mul_(p[0].numel() ** -0.5)
-            p.copy_(value)
-    return module.to(dtype).eval()
-
-
-def randn(*shape, seed, dtype):
-    import torch
-
-    generator = torch.Generator(device()).manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device=device()).to(dtype)
-
-
-def unet_call(name, size):
-    """call(module) of one guided step."""
-
-    def call(module, dtype):
-        import torch
-
-        config = config_of(name)
-        args = {"sample": randn(2, 4, size, size, seed=1, dtype=dtype), "timestep": 501,
-                "encoder_hidden_states": randn(2, 77, config["cross_attention_dim"], seed=2,
-                                               dtype=dtype)}
-        if config.get("addition_embed_type") == "text_time":
-            ids = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * 2, device=device(), dtype=dtype)
-            pooled = randn(2, 64 if TINY else 1280, seed=3, dtype=dtype)
-            args["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
-        return lambda: module(**args, return_dict=False)[0]
-
-    return call
-
-
-def decode_call(size):
-    def call(module, dtype):
-        z = randn(1, 4, size, size, seed=1, dtype=dtype)
-        return lambda: module.decode(z, return_dict=False)[0]
-
-    return call
-
-
-def text_call(module, _dtype):
-    import torch
-
-    ids = torch.randint(0, 49000, (2, 77), generator=torch.Generator().manual_seed(1))
-    ids[:, -1] = 49407
-    ids = ids.to(device())
-    return lambda: module(ids, return_dict=False)[0]
-
-
-def cases():
-    """name -> (title, config, call, calls of a round)"""
-    small = 8 if TINY else 0
-    return {
-        "sd15": ("SD 1.5 UNet, 512x512, batch 2", "sd15_unet", unet_call("sd15_unet",
-                                                                         small or 64), 20),
-        "sdxl": ("SDXL UNet, 1024x1024, batch 2", "sdxl_base_unet",
-                 unet_call("sdxl_base_unet", small or 128), 5),
-        "vae512": ("VAE decode, 512x512", "sd_vae", decode_call(small or 64), 10),
-        "vae1024": ("VAE decode, 1024x1024", "sdxl_vae", decode_call(small or 128), 5),
-        "clip_l": ("CLIP-L, 2x77", "clip_l", text_call, 20),
-        "clip_bigg": ("bigG, 2x77", "clip_bigg", text_call, 20),
-    }
+def itself(*arguments):
+    """This script in another process."""
+    command = [sys.executable, __file__, *arguments] + ["--tiny"] * gpu_networks.TINY
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 # ---- timing --------------------------------------------------------------------------------------
@@ -174,7 +55,7 @@ def round_ms(call, calls):
     """Milliseconds of one call, over some of them."""
     import torch
 
-    if TINY:
+    if gpu_networks.TINY:
         start = time.perf_counter()
         for _ in range(calls):
             call()
@@ -342,8 +223,7 @@ def warm_calls(names):
 def warm(rows):
     """Adds to each row what its first call takes in another process, the choices remembered."""
     names = [r["name"] for r in rows if "failed" not in r]
-    command = [sys.executable, __file__, "--warm-calls", ",".join(names)] + ["--tiny"] * TINY
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = itself("--warm-calls", ",".join(names))
     if result.returncode:
         print(f"FAILED warm calls: {result.stderr[-500:]}", flush=True)
         return
@@ -385,31 +265,6 @@ def models(names, rounds, compile_seconds, save):
     return rows
 
 
-def number(value, digits=2):
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def models_table(rows):
-    header = ["one call, fp16, ms", "accel", "its graph alone", "eager, channels_last",
-              "torch.compile", "bound", "error: accel", "eager", "torch.compile",
-              "torch.compile: ready after", "accel: first call, measuring", "with a cache"]
-    out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for r in rows:
-        if "failed" in r:
-            out.append(f"| {r['title']} | failed: {r['failed'][:80]} |" + " |" * (len(header) - 2))
-            continue
-        t = {n: v["ms"] for n, v in r["times"].items()}
-        e, took = r["error"], r.get("torch_compile_s")
-        out.append("| " + " | ".join([
-            r["title"], number(t["accel"]), number(r["plan"]["graph_ms"]), number(t["eager"]),
-            number(t.get("torch.compile")) or r.get("torch_compile", "")[:80],
-            number(r["plan"]["bound_ms"]),
-            *(f"{e[n]:.2e}" if n in e else "" for n in ("accel", "eager", "torch.compile")),
-            f"{took:.0f} s" if took else "", f"{r['cold']['first_call_ms'] / 1e3:.1f} s",
-            f"{r['warm']['first_call_ms'] / 1e3:.2f} s" if "warm" in r else ""]) + " |")
-    return "\n".join(out)
-
-
 # ---- pipelines -----------------------------------------------------------------------------------
 
 
@@ -447,7 +302,7 @@ PIPELINES = {"sd15": ("SD 1.5, 50 steps, 512x512", 50, 512),
 def draw(pipe, steps, size, seed=1):
     import torch
 
-    size, steps = (64, 2) if TINY else (size, steps)
+    size, steps = (64, 2) if gpu_networks.TINY else (size, steps)
     images = pipe("a red house by a lake at sunset", num_inference_steps=steps, height=size,
                   width=size, guidance_scale=5.0, output_type="pt",
                   generator=torch.Generator(device()).manual_seed(seed)).images
@@ -486,15 +341,6 @@ def pipelines(names, runs):
     return rows
 
 
-def pipelines_table(rows):
-    out = ["| prompt to tensor, fp16, s | accel | stock | |", "|---|---|---|---|"]
-    for r in rows:
-        t = r["times"]
-        out.append(f"| {r['title']} | {t['accel']:.3f} | {t['stock']:.3f} | "
-                   f"{t['stock'] / t['accel']:.2f} times as fast |")
-    return "\n".join(out)
-
-
 # ---- memory --------------------------------------------------------------------------------------
 
 
@@ -502,7 +348,7 @@ def memory_of(kind, who):
     """In a fresh process: the largest fall of the free memory while a pipeline draws."""
     import torch
 
-    if TINY:
+    if gpu_networks.TINY:
         draw(pipe_of(kind, who == "accel"), 2, 64)
         return {"fall": 0, "after_del": 0}
     at_start = torch.cuda.mem_get_info()[0]
@@ -535,24 +381,13 @@ def memory(names):
             continue
         row = {"title": title}
         for who in ("accel", "stock"):
-            command = [sys.executable, __file__, "--memory-of", kind, who]
-            result = subprocess.run(command + ["--tiny"] * TINY, capture_output=True, text=True)
+            result = itself("--memory-of", kind, who)
             lines = result.stdout.strip().splitlines()
             row[who] = json.loads(lines[-1]) if result.returncode == 0 else {
                 "failed": result.stderr[-500:]}
         print(json.dumps(row), flush=True)
         rows.append(row)
     return rows
-
-
-def memory_table(rows):
-    out = ["| fall of free memory, MB | accel | stock | after `del pipe`: accel | stock |",
-           "|---|---|---|---|---|"]
-    for r in rows:
-        cells = [r[who].get(key) for key in ("fall", "after_del") for who in ("accel", "stock")]
-        out.append(f"| {r['title']} | " + " | ".join(
-            "failed" if c is None else f"{c / 1e6:.0f}" for c in cells) + " |")
-    return "\n".join(out)
 
 
 # ---- all of it -----------------------------------------------------------------------------------
@@ -569,7 +404,7 @@ def versions():
              "torch": torch.__version__, "diffusers": diffusers.__version__,
              "transformers": transformers.__version__, "cuda": torch.version.cuda,
              "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")}
-    if not TINY:
+    if not gpu_networks.TINY:
         found |= {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
         with contextlib.suppress(OSError, AttributeError):  # the one that PyTorch has loaded
             torch.ones(16, 16, device="cuda").matmul(torch.ones(16, 16, device="cuda"))
@@ -595,7 +430,6 @@ def write_record(folder, result):
 
 
 def main():
-    global TINY
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("parts", nargs="*", help="models, pipelines, memory (default: all)")
     parser.add_argument("--only", default="", help="names of rows, with commas between")
@@ -608,7 +442,7 @@ def main():
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--warm-calls", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    TINY = args.tiny
+    gpu_networks.TINY = args.tiny
     import torch
 
     torch.set_grad_enabled(False)

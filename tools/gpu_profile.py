@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import gpu
+import gpu_networks
 import torch
 
 import accel
@@ -21,14 +21,14 @@ import accel
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("network", choices=gpu.cases())
+    parser.add_argument("network", choices=gpu_networks.cases())
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--tiny", action="store_true", help="try this script on the CPU")
     args = parser.parse_args()
-    gpu.TINY = args.tiny
+    gpu_networks.TINY = args.tiny
     torch.set_grad_enabled(False)
-    _, config, call, _ = gpu.cases()[args.network]
-    module = accel.compile(gpu.make(config, torch.float16))
+    _, config, call, _ = gpu_networks.cases()[args.network]
+    module = accel.compile(gpu_networks.make(config, torch.float16))
     call(module, torch.float16)()
     report = accel.report(module)
     assert report["native_runs"] == 1, report
