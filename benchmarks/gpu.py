@@ -37,6 +37,7 @@ from pathlib import Path
 
 import gpu_networks
 from gpu_networks import cases, device, free, make, sync
+from gpu_tables import memory_table, models_table, pipelines_table
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
