@@ -23,13 +23,25 @@ from pathlib import Path
 
 MAX_COLUMNS = 100
 # "About 600" and "about 70": beyond these there are usually two ideas.
-MAX_FILE_LINES = 650
-MAX_FUNCTION_LINES = 75
+MAX_FILE_LINES = 600
+MAX_FUNCTION_LINES = 70
 
 # Bottom to top; a file includes its own layer and those below.  Stems in csrc/, or "folder/".
 LAYERS = [
     ("base", ["base", "lock", "tensor", "sampler"]),
-    ("graph", ["ops", "graph", "graph_edit", "json", "safetensors", "weights", "weights_files"]),
+    (
+        "graph",
+        [
+            "ops",
+            "ops_text",
+            "graph",
+            "graph_edit",
+            "json",
+            "safetensors",
+            "weights",
+            "weights_files",
+        ],
+    ),
     ("models, passes", ["models/", "passes/"]),
     (
         "plan",

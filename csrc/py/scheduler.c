@@ -39,8 +39,7 @@ static int
 to_int32(ac_py_state *state, long long value, const char *what, int32_t *out)
 {
     if (value < 0 || value > INT32_MAX) {
-        ac_py_error(state, AC_E_INVALID, "%s: found %lld, expected 0 to %d", what, value,
-                    INT32_MAX);
+        ac_py_error(state, AC_E_INVALID, "%s: found %lld, expected 0 to 2147483647", what, value);
         return -1;
     }
     *out = (int32_t)value;

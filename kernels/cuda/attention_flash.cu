@@ -126,6 +126,50 @@ store_rows(const ac_attention_job &j, state<D> &w, int64_t query)
     }
 }
 
+/* s = q k^T */
+template <typename T, int D>
+__device__ static inline void
+score_keys(const uint32_t (&q)[D / 16][4], uint32_t k_tile, float (&s)[KEYS / 8][4])
+{
+    constexpr int PITCH = (D + 8) * 2;
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+#pragma unroll
+        for (int n = 0; n < KEYS / 16; n++) {
+            uint32_t b[4];
+            ac_load_matrices(b, k_tile + (16 * n + lane / 16 * 8 + lane % 8) * PITCH +
+                                    (2 * i + lane / 8 % 2) * 16);
+            ac_mma<T>(s[2 * n], q[i], b[0], b[1]);
+            ac_mma<T>(s[2 * n + 1], q[i], b[2], b[3]);
+        }
+    }
+}
+
+/* out += s v */
+template <typename T, int D>
+__device__ static inline void
+add_values(const float (&s)[KEYS / 8][4], uint32_t v_tile, float (&out)[D / 8][4])
+{
+    constexpr int PITCH = (D + 8) * 2;
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < KEYS / 16; n++) {
+        uint32_t p[4] = {ac_pack<T>(s[2 * n][0], s[2 * n][1]),
+                         ac_pack<T>(s[2 * n][2], s[2 * n][3]),
+                         ac_pack<T>(s[2 * n + 1][0], s[2 * n + 1][1]),
+                         ac_pack<T>(s[2 * n + 1][2], s[2 * n + 1][3])};
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) {
+            uint32_t b[4];
+            ac_load_matrices_transposed(b, v_tile + (16 * n + lane % 16) * PITCH +
+                                               (2 * i + lane / 16) * 16);
+            ac_mma<T>(out[2 * i], p, b[0], b[1]);
+            ac_mma<T>(out[2 * i + 1], p, b[2], b[3]);
+        }
+    }
+}
+
 template <typename T, int D>
 __global__ static void __launch_bounds__(THREADS)
 flash_kernel(const __grid_constant__ ac_attention_job j)
@@ -162,17 +206,7 @@ flash_kernel(const __grid_constant__ ac_attention_job j)
         ac_copy_wait<1>();
         __syncthreads(); /* k is here */
         float s[KEYS / 8][4] = {};
-#pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-#pragma unroll
-            for (int n = 0; n < KEYS / 16; n++) {
-                uint32_t b[4];
-                ac_load_matrices(b, k_tile + (16 * n + lane / 16 * 8 + lane % 8) * PITCH +
-                                        (2 * i + lane / 8 % 2) * 16);
-                ac_mma<T>(s[2 * n], q[i], b[0], b[1]);
-                ac_mma<T>(s[2 * n + 1], q[i], b[2], b[3]);
-            }
-        }
+        score_keys<T, D>(q, k_tile, s);
         __syncthreads(); /* all have read k */
         if (key0 + KEYS < keys) {
             copy_tile<T, D>(k_tile, k, key0 + KEYS, j.tk, j.k.t, j.d);
@@ -183,21 +217,7 @@ flash_kernel(const __grid_constant__ ac_attention_job j)
         softmax_step<D>(w, s);
         ac_copy_wait<1>();
         __syncthreads(); /* v is here */
-#pragma unroll
-        for (int n = 0; n < KEYS / 16; n++) {
-            uint32_t p[4] = {ac_pack<T>(s[2 * n][0], s[2 * n][1]),
-                             ac_pack<T>(s[2 * n][2], s[2 * n][3]),
-                             ac_pack<T>(s[2 * n + 1][0], s[2 * n + 1][1]),
-                             ac_pack<T>(s[2 * n + 1][2], s[2 * n + 1][3])};
-#pragma unroll
-            for (int i = 0; i < D / 16; i++) {
-                uint32_t b[4];
-                ac_load_matrices_transposed(b, v_tile + (16 * n + lane % 16) * PITCH +
-                                                   (2 * i + lane / 16) * 16);
-                ac_mma<T>(w.out[2 * i], p, b[0], b[1]);
-                ac_mma<T>(w.out[2 * i + 1], p, b[2], b[3]);
-            }
-        }
+        add_values<T, D>(s, v_tile, w.out);
         __syncthreads(); /* all have read v */
     }
     store_rows<T, D>(j, w, query);

@@ -4,14 +4,11 @@
  */
 #include "context.h"
 #include "library.h"
+#include "recording.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-struct ac_recording {
-    cudaGraphExec_t graph;
-};
 
 struct ac_event {
     cudaEvent_t event;
@@ -433,153 +430,6 @@ cuda_wait(void *self, ac_stream stream)
     return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "wait"));
 }
 
-/* ---- points in time -------------------------------------------------------------------------- */
-
-static ac_status
-grow_times(ac_lane *lane, int32_t count)
-{
-    int32_t capacity = (count + 1023) / 1024 * 1024;
-    cudaEvent_t *more = ac_cuda_host->alloc(sizeof *more * (size_t)capacity);
-    if (!more) {
-        return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for",
-                            sizeof *more * (size_t)capacity);
-    }
-    memset(more, 0, sizeof *more * (size_t)capacity);
-    if (lane->n_times) {
-        memcpy(more, lane->times, sizeof *more * (size_t)lane->n_times);
-    }
-    ac_cuda_host->free(lane->times);
-    lane->times = more;
-    for (; lane->n_times < capacity; lane->n_times++) {
-        AC_TRY(ac_cuda_check(cudaEventCreate(&more[lane->n_times]), "cudaEventCreate"));
-    }
-    return AC_OK;
-}
-
-static ac_status
-cuda_time_mark(void *self, ac_lane *lane, int32_t index)
-{
-    int previous;
-    AC_TRY(ac_cuda_device_enter(self, &previous));
-    ac_status status = AC_OK;
-    if (index >= lane->n_times) {
-        status = grow_times(lane, index + 1);
-    }
-    if (status == AC_OK) { /* external: a node of the graph that the host can ask about */
-        unsigned flags = lane->recording ? cudaEventRecordExternal : cudaEventRecordDefault;
-        status = ac_cuda_check(cudaEventRecordWithFlags(lane->times[index], lane->stream, flags),
-                       "cudaEventRecordWithFlags");
-    }
-    return ac_cuda_device_leave(self, previous, status);
-}
-
-static ac_status
-cuda_time_read(void *self, ac_lane *lane, int32_t count, double *ms)
-{
-    int previous;
-    AC_TRY(ac_cuda_device_enter(self, &previous));
-    ac_status status = ac_cuda_check(cudaStreamSynchronize(lane->stream), "cudaStreamSynchronize");
-    for (int32_t i = 0; i + 1 < count && status == AC_OK; i++) {
-        float time = 0.0f;
-        status = ac_cuda_check(cudaEventElapsedTime(&time, lane->times[i], lane->times[i + 1]),
-                       "cudaEventElapsedTime");
-        ms[i] = (double)time;
-    }
-    return ac_cuda_device_leave(self, previous, status);
-}
-
-/* ---- recording ------------------------------------------------------------------------------- */
-
-static ac_status
-cuda_record_begin(void *self, ac_lane *lane)
-{
-    int previous;
-    AC_TRY(ac_cuda_device_enter(self, &previous));
-    cudaError_t status = cudaStreamBeginCapture(lane->own, cudaStreamCaptureModeThreadLocal);
-    if (status == cudaSuccess) { /* the caller's may be the legacy stream, which records nothing */
-        lane->recording = true;
-        lane->outside = lane->stream;
-        lane->stream = lane->own;
-    }
-    return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "cudaStreamBeginCapture"));
-}
-
-static ac_status
-instantiate(ac_lane *lane, ac_recording *recording)
-{
-    cudaGraph_t graph = NULL;
-    ac_status status = ac_cuda_check(cudaStreamEndCapture(lane->stream, &graph),
-                             "cudaStreamEndCapture");
-    if (status == AC_OK) {
-        status = ac_cuda_check(cudaGraphInstantiate(&recording->graph, graph, 0),
-                       "cudaGraphInstantiate");
-    }
-    if (graph) {
-        cudaGraphDestroy(graph);
-    }
-    lane->stream = lane->outside;
-    if (status == AC_OK) {
-        status = ac_cuda_check(cudaGraphUpload(recording->graph, lane->stream), "cudaGraphUpload");
-    }
-    return status;
-}
-
-/* After a failed step too: the stream leaves capture mode, and *out stays NULL. */
-static ac_status
-cuda_record_end(void *self, ac_lane *lane, ac_recording **out)
-{
-    int previous;
-    ac_recording *recording = ac_cuda_host->alloc(sizeof *recording);
-    *out = NULL;
-    if (recording) {
-        *recording = (ac_recording){0};
-    }
-    ac_status status = ac_cuda_device_enter(self, &previous);
-    if (status == AC_OK) {
-        ac_recording unused = {0};
-        status = instantiate(lane, recording ? recording : &unused);
-        status = ac_cuda_device_leave(self, previous, status);
-        if (unused.graph) {
-            cudaGraphExecDestroy(unused.graph);
-        }
-    }
-    lane->recording = false;
-    lane->stream = lane->outside;
-    if (!recording) {
-        return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for",
-                            sizeof *recording);
-    }
-    if (status < 0) {
-        if (recording->graph) {
-            cudaGraphExecDestroy(recording->graph);
-        }
-        ac_cuda_host->free(recording);
-        return status;
-    }
-    *out = recording;
-    return AC_OK;
-}
-
-static ac_status
-cuda_replay(void *self, ac_lane *lane, ac_recording *recording)
-{
-    int previous;
-    AC_TRY(ac_cuda_device_enter(self, &previous));
-    cudaError_t status = cudaGraphLaunch(recording->graph, lane->stream);
-    return ac_cuda_device_leave(self, previous, ac_cuda_launched(lane, status, "cudaGraphLaunch"));
-}
-
-static void
-cuda_record_free(void *self, ac_recording *recording)
-{
-    int previous;
-    if (recording && ac_cuda_device_begin(self, &previous)) {
-        cudaGraphExecDestroy(recording->graph);
-        ac_cuda_device_end(self, previous);
-    }
-    ac_cuda_host->free(recording);
-}
-
 /* ---- the exported symbol --------------------------------------------------------------------- */
 
 __attribute__((visibility("default"))) ac_status
@@ -618,12 +468,12 @@ ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out)
         .event_free = cuda_event_free,
         .event_record = cuda_event_record,
         .event_wait = cuda_event_wait,
-        .time_mark = cuda_time_mark,
-        .time_read = cuda_time_read,
-        .record_begin = cuda_record_begin,
-        .record_end = cuda_record_end,
-        .replay = cuda_replay,
-        .record_free = cuda_record_free,
+        .time_mark = ac_cuda_time_mark,
+        .time_read = ac_cuda_time_read,
+        .record_begin = ac_cuda_record_begin,
+        .record_end = ac_cuda_record_end,
+        .replay = ac_cuda_replay,
+        .record_free = ac_cuda_record_free,
     };
     return AC_OK;
 }
