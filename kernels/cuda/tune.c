@@ -17,7 +17,7 @@ typedef struct entry {
 } entry;
 
 struct ac_tune {
-    bool off;
+    bool off, full;
     char device[64];
     char folder[560]; /* empty: no files */
     char path[600];   /* of the choices; empty: no file */
@@ -155,6 +155,7 @@ open_tune(ac_cuda_libraries *libraries)
     AC_TRY(ac_cuda_heap(sizeof *libraries->tune, (void **)&libraries->tune));
     ac_tune *tune = libraries->tune;
     tune->off = how && strcmp(how, "off") == 0;
+    tune->full = how && strcmp(how, "full") == 0;
     snprintf(tune->device, sizeof tune->device, "%.50s x%d", properties.name,
              properties.multiProcessorCount);
     if (tune->off) {
@@ -250,8 +251,8 @@ measure(ac_lane *lane, const ac_tune_ways *ways, int32_t i, float best, const st
     int times = once > 2.0f ? 1 : once > 0.2f ? 2 : RUNS;
     AC_TRY(record_runs(lane, ways, i, times, watch, &graph));
     ac_status status = time_once(lane, ways, i, graph, watch, &once);
-    for (int round = 0; round < 3 && status == AC_OK && (round == 0 || *least < 1.2f * best);
-         round++) {
+    *least = status == AC_OK ? once / (float)times : INFINITY;
+    for (int round = 0; round < 3 && status == AC_OK && *least < 1.2f * best; round++) {
         status = time_once(lane, ways, i, graph, watch, &once);
         *least = status == AC_OK ? fminf(*least, once / (float)times) : INFINITY;
     }
@@ -259,14 +260,56 @@ measure(ac_lane *lane, const ac_tune_ways *ways, int32_t i, float best, const st
     return status;
 }
 
+/* Bytes of a key that its family has in common: the device and four words. */
+static size_t
+family_length(const char *key)
+{
+    const char *at = strstr(key, ": ");
+    at = at ? at + 2 : key;
+    for (int words = 0; words < 4 && *at; words++) {
+        at += strcspn(at, " ");
+        at += *at == ' ';
+    }
+    return (size_t)(at - key);
+}
+
+/* How many problems of the family are known; those done by way `name` where it is not NULL. */
+static int32_t
+count_family(const ac_tune *tune, const char *key, const char *name)
+{
+    size_t length = family_length(key);
+    int32_t count = 0;
+    for (int32_t i = 0; i < tune->count; i++) {
+        const entry *e = &tune->entries[i];
+        count += strncmp(e->key, key, length) == 0 && (!name || strcmp(e->way, name) == 0);
+    }
+    return count;
+}
+
+static bool
+is_worth(const ac_tune *tune, const ac_tune_ways *ways, const char *key, int32_t i)
+{
+    enum { ALL = 12, FIRST = 8, KNOWN = 12 };
+    char name[AC_TUNE_WAY];
+    if (tune->full || ways->count <= ALL || i < FIRST ||
+        count_family(tune, key, NULL) < KNOWN) {
+        return true;
+    }
+    ways->name(ways->context, i, name);
+    return count_family(tune, key, name) > 0;
+}
+
 static ac_status
-measure_all(ac_lane *lane, const ac_tune_ways *ways, const stopwatch *watch, int32_t *best,
-            float *least)
+measure_all(ac_lane *lane, const ac_tune *tune, const ac_tune_ways *ways, const char *key,
+            const stopwatch *watch, int32_t *best, float *least)
 {
     *least = INFINITY;
     ac_status status = AC_OK, first = AC_OK;
     for (int32_t i = 0; i < ways->count; i++) {
         float time;
+        if (!isinf(*least) && !is_worth(tune, ways, key, i)) {
+            continue;
+        }
         status = measure(lane, ways, i, *least, watch, &time);
         first = i == 0 ? status : first;
         if (status < 0) { /* that way is out, unless it took the device with it */
@@ -286,8 +329,8 @@ measure_all(ac_lane *lane, const ac_tune_ways *ways, const stopwatch *watch, int
 }
 
 static ac_status
-measure_there(ac_lane *lane, const ac_tune_ways *ways, stopwatch *watch, int32_t *best,
-              float *least)
+measure_there(ac_lane *lane, const ac_tune *tune, const ac_tune_ways *ways, const char *key,
+              stopwatch *watch, int32_t *best, float *least)
 {
     cudaStream_t before = lane->stream;
     AC_CUDA(cudaEventCreate(&watch->from));
@@ -296,7 +339,7 @@ measure_there(ac_lane *lane, const ac_tune_ways *ways, stopwatch *watch, int32_t
     /* What the problem reads is on its way. */
     AC_TRY(ac_cuda_launched(lane, cudaStreamSynchronize(before), "before a measurement"));
     lane->stream = watch->stream;
-    ac_status status = measure_all(lane, ways, watch, best, least);
+    ac_status status = measure_all(lane, tune, ways, key, watch, best, least);
     lane->stream = before;
     return status;
 }
@@ -306,7 +349,7 @@ measure_new(ac_lane *lane, ac_tune *tune, const ac_tune_ways *ways, entry *e, in
 {
     stopwatch watch = {0};
     float least = 0.0f;
-    ac_status status = measure_there(lane, ways, &watch, best, &least);
+    ac_status status = measure_there(lane, tune, ways, e->key, &watch, best, &least);
     if (watch.from) {
         cudaEventDestroy(watch.from);
     }
