@@ -42,7 +42,8 @@ def build():
     out = ROOT / "build" / "bench_kernels.so"
     out.parent.mkdir(exist_ok=True)
     sources = [str(p) for pattern in ("csrc/base.c", "csrc/tensor.c", "csrc/ops.c",
-                                      "kernels/cpu/*.c") for p in sorted(ROOT.glob(pattern))]
+                                      "csrc/sampler.c", "kernels/cpu/*.c")
+               for p in sorted(ROOT.glob(pattern))]
     subprocess.run(["gcc", "-std=c11", "-O2", "-D_GNU_SOURCE", "-shared", "-fPIC",
                     str(ROOT / "benchmarks/bench_kernels.c"), *sources, "-lm", "-lpthread",
                     "-o", str(out)], check=True)
