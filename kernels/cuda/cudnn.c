@@ -424,13 +424,14 @@ first_run(trial *t)
 }
 
 static ac_status
-find_handle(ac_cuda_libraries *libraries)
+find_handle(ac_cuda_libraries *libraries, bool without)
 {
     if (!libraries->dnn) {
         AC_TRY(ac_cuda_heap(sizeof *libraries->dnn, (void **)&libraries->dnn));
     }
-    return libraries->dnn->handle ? AC_OK
-                                  : check(ac_dnn.Create(&libraries->dnn->handle), "cudnnCreate");
+    return libraries->dnn->handle || without
+               ? AC_OK
+               : check(ac_dnn.Create(&libraries->dnn->handle), "cudnnCreate");
 }
 
 static ac_status
@@ -458,7 +459,7 @@ new_problem(trial *t)
 static ac_status
 run(const ac_dnn_call *call, ac_cuda_libraries *libraries)
 {
-    AC_TRY(find_handle(libraries));
+    AC_TRY(find_handle(libraries, call->without));
     trial t = {.call = call, .dnn = libraries->dnn};
     for (int32_t i = 0; i < t.dnn->count; i++) {
         t.problem = &t.dnn->problems[i];

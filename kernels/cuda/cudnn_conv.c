@@ -190,7 +190,7 @@ run_job(ac_lane *lane, job *j, bool has_gemm)
         call.own[call.n_own++] = (ac_dnn_own){"own", run_own};
         call.n_slow = 1;
     }
-    call.without = key->dtype == AC_F32 && !key->tf32;
+    call.without = (key->dtype == AC_F32 && !key->tf32) || !ac_dnn_found(0);
     if (r->bias) {
         call.id[call.n_operands] = B;
         call.address[call.n_operands++] = r->bias;
@@ -292,7 +292,8 @@ supports(const ac_problem *p, const ac_caps *caps)
         return false;
     }
     key_of(p, &key);
-    return images_at_once(key.value) > 0 && ac_dnn_found(0);
+    return images_at_once(key.value) > 0 &&
+           (ac_dnn_found(0) || (dtype == AC_F32 && gathers(&key)));
 }
 
 static size_t
@@ -400,7 +401,7 @@ supports_phases(const ac_problem *p, const ac_caps *caps)
     }
     phases_key(p, &key);
     bool fits = dtype == AC_F32 ? gathers(&key) : ac_gemm_mma_fits(&g, caps->isa);
-    return fits && images_at_once(key.value) > 0 && ac_dnn_found(0);
+    return fits && images_at_once(key.value) > 0 && (dtype == AC_F32 || ac_dnn_found(0));
 }
 
 static size_t

@@ -68,7 +68,7 @@ typedef struct ac_dnn_call {
     ac_dnn_own own[AC_DNN_OWN]; /* the last ones, n_slow, only where nothing else does it */
     int32_t n_own, n_slow;
     const void *context; /* of them */
-    bool without; /* the library: it is known to be slow at this */
+    bool without; /* the library: it is slow at this, or not there */
 } ac_dnn_call;
 
 /* True when there is a cuDNN 9 (at least 9.minor); looked for once. */
