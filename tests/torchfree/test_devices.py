@@ -1,5 +1,7 @@
 """Devices by name, and tensors that lie on another one: one clear exception each, GPU or not."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import tiny
@@ -127,6 +129,38 @@ def test_weights_tell_their_dtypes():
     assert compute_dtype(weights, "cuda", "bfloat16") == "bfloat16"
     assert compute_dtype(weights, "cpu", "bfloat16") == "float32"
     assert compute_dtype(None, "cuda", None) == "float32"
+
+
+def test_room_is_made_for_a_larger_run(unet):
+    """Where memory is the caller's allocator's, before a run that would replace what there is."""
+    expected = unet(SAMPLE, 1, STATES)
+    large = np.zeros((2, 4, 64, 64), np.float32)
+    args = {"entry": "forward", "batch": 2, "height": 64, "width": 64, "tokens": 5, "timesteps": 1}
+    _core.trim("cpu")
+    assert unet._model.make_room(args) == 0  # there is nothing
+    unet(SAMPLE, 1, STATES)
+    assert unet._model.make_room(args) > 0
+    unet(large, 1, STATES)
+    assert unet._model.make_room(args) == 0
+    assert np.array_equal(unet(SAMPLE, 1, STATES), expected)
+
+
+def capsule(name, major):
+    """A DLPack exchange API of nothing; the second is kept alive with the first."""
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    api = (ctypes.c_uint32 * 32)(major)
+    return new(ctypes.addressof(api), name, None), api
+
+
+def test_allocators_that_are_none(unet):
+    for major in (0, 1, 2):  # of another version, or without functions
+        given, kept = capsule(b"dlpack_exchange_api", major)
+        assert unet._model.use_memory(given) is False and kept[0] == major
+    for wrong in (None, capsule(b"dltensor", 1)[0]):
+        with pytest.raises(ValueError, match="Capsule"):
+            unet._model.use_memory(wrong)
 
 
 def test_trim():
