@@ -229,8 +229,9 @@ def compile(x, *, passes_off=""):  # the name is the point
     x itself; isinstance, type, state_dict, save_pretrained and `.to` go on as before.
 
     What the engine does not do (adapters, foreign attention processors, FreeU, hooks on inner
-    modules, ControlNet residuals, gradients, autocast ...) is noticed at the call: it runs the
-    original, with one FallbackWarning. `accel.report(x)` counts both.
+    modules, ControlNet residuals, gradients, autocast, a CUDA graph that the caller records ...)
+    is noticed at the call: it runs the original, with one FallbackWarning. `accel.report(x)`
+    counts both.
 
     Of StableDiffusionPipeline and StableDiffusionXLPipeline the denoise loop runs natively too,
     with the same arguments, outputs, callbacks and seeds; the pipe's class becomes a subclass that
@@ -239,8 +240,9 @@ def compile(x, *, passes_off=""):  # the name is the point
 
     Moving a module (`.to`, offloading) frees all that the engine holds for it; the next call binds
     it anew. On a GPU parameters are laid out in place as the engine reads them, so that there is no
-    second copy, and changes are noticed by address and version: after `p.data.mul_(...)`, which
-    leaves both, call `accel.refresh(x)`. What the engine keeps there beside comes from PyTorch's
+    second copy, and changes are noticed by address and version, merged adapters by the module's
+    own methods (`fuse_lora`, `unload_lora` ...): after `p.data.mul_(...)`, which leaves all that
+    as it was, call `accel.refresh(x)`. What the engine keeps there beside comes from PyTorch's
     allocator (PyTorch 2.10 and later), so its counters and limits hold for that too.
 
     Raises

@@ -123,8 +123,9 @@ def explain(x, *, json=False, passes=False, profile=False, repeats=0, peaks=None
     profile : bool
         Runs over random inputs and times every step: tables by section, class of op and kernel,
         and the steps that lose most against their bound, max(FLOPs / peak, bytes / bandwidth).
-        On a GPU by events in a recorded graph. Where the device's peaks are not known (a CPU),
-        times without fractions.
+        On a GPU by events in a recorded graph; with loop=True, or after a pipeline's loop, the
+        sampler's part of a row too. Where the device's peaks are not known (a CPU), times without
+        fractions. UnsupportedError for a module whose calls run the original now.
     repeats : int
         Timed runs of the profile, the best of each step counts; 0: 10.
     peaks : tuple of float, optional
