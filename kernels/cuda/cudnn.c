@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { CONFIGURATIONS = 48, COMPILED = 1 };
+enum { CONFIGURATIONS = 24, COMPILED = 1 };
 
 /* ---- problems -------------------------------------------------------------------------------- */
 
