@@ -389,11 +389,8 @@ static void
 name_algorithm(const void *context, int32_t i, char name[AC_TUNE_WAY])
 {
     const trial *t = context;
-    uint64_t hash = UINT64_C(0xcbf29ce484222325);
-    const unsigned char *bytes = (const unsigned char *)&t->p->algorithm[i];
-    for (size_t k = 0; k < sizeof t->p->algorithm[i]; k++) {
-        hash = (hash ^ bytes[k]) * UINT64_C(0x100000001b3);
-    }
+    const cublasLtMatmulAlgo_t *algorithm = &t->p->algorithm[i];
+    uint64_t hash = ac_tune_hash(AC_TUNE_HASH, algorithm, sizeof *algorithm);
     snprintf(name, AC_TUNE_WAY, "%016llx", (unsigned long long)hash);
 }
 

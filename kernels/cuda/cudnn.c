@@ -120,7 +120,7 @@ name_knobs(ac_dnn_descriptor configuration, int64_t engine, char name[AC_TUNE_WA
 {
     ac_dnn_descriptor knob[CUDNN_KNOB_TYPE_COUNTS];
     int64_t count = 0;
-    uint64_t hash = UINT64_C(0xcbf29ce484222325);
+    uint64_t hash = AC_TUNE_HASH;
     int32_t made = 0;
     while (made < CUDNN_KNOB_TYPE_COUNTS &&
            ac_dnn.BackendCreateDescriptor(CUDNN_BACKEND_KNOB_CHOICE_DESCRIPTOR, &knob[made]) ==
@@ -138,8 +138,8 @@ name_knobs(ac_dnn_descriptor configuration, int64_t engine, char name[AC_TUNE_WA
                                    CUDNN_TYPE_KNOB_TYPE, 1, &one, &type);
         ac_dnn.BackendGetAttribute(knob[i], CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE, CUDNN_TYPE_INT64, 1,
                                    &one, &value);
-        hash = (hash ^ (uint64_t)type) * UINT64_C(0x100000001b3);
-        hash = (hash ^ (uint64_t)value) * UINT64_C(0x100000001b3);
+        hash = ac_tune_hash(hash, &type, sizeof type);
+        hash = ac_tune_hash(hash, &value, sizeof value);
     }
     for (int32_t i = 0; i < made; i++) {
         destroy(&knob[i]);

@@ -6,6 +6,7 @@
  *
  * A file that is not what its name promises is made again. */
 #include "dnn.h"
+#include "tune.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -16,10 +17,7 @@
 static void
 path_of(const char *folder, const char *title, char *path, size_t size)
 {
-    uint64_t hash = UINT64_C(0xcbf29ce484222325);
-    for (const char *c = title; *c; c++) {
-        hash = (hash ^ (unsigned char)*c) * UINT64_C(0x100000001b3);
-    }
+    uint64_t hash = ac_tune_hash(AC_TUNE_HASH, title, strlen(title));
     snprintf(path, size, "%s/cudnn-%016llx.plan", folder, (unsigned long long)hash);
 }
 

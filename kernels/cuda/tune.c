@@ -58,6 +58,16 @@ add(ac_tune *tune, const entry *e)
     return AC_OK;
 }
 
+uint64_t
+ac_tune_hash(uint64_t hash, const void *bytes, size_t count)
+{
+    const unsigned char *at = bytes;
+    for (size_t i = 0; i < count; i++) {
+        hash = (hash ^ at[i]) * UINT64_C(0x100000001b3);
+    }
+    return hash;
+}
+
 /* ---- the file -------------------------------------------------------------------------------- */
 
 /* "key<tab>way<tab>microseconds" */

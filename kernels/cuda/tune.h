@@ -42,6 +42,10 @@ typedef struct ac_tune_ways {
 ac_status ac_tune_choose(ac_lane *lane, ac_cuda_libraries *libraries, const ac_tune_ways *ways,
                          int32_t *best);
 
+/* FNV-1a of some bytes, after those that gave `hash`; AC_TUNE_HASH at first.  For names. */
+#define AC_TUNE_HASH UINT64_C(0xcbf29ce484222325)
+uint64_t ac_tune_hash(uint64_t hash, const void *bytes, size_t count);
+
 /* Where files are kept that later processes may use, and the device's name; NULL: nowhere. */
 const char *ac_tune_folder(ac_cuda_libraries *libraries, const char **device);
 
