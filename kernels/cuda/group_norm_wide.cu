@@ -1,211 +1,176 @@
-/* group_norm of whole 16-byte vectors: see group_norm.cu for the formula.
+/* group_norm of whole 16-byte vectors in two launches, on any architecture and at any size: see
+ * group_norm.cu for the formula, group_norm.cuh for what a thread does.
  *
  *     statistics of pieces --scratch--> the result; each block merges the pieces of its groups
  *
- * A block takes some pixels of a tile of channels: whole vectors, 64 channels at least, and a group
- * for each warp that merges; a thread keeps one vector's channels.  Sums run around a thread's own
- * first value, which loses no digits to a large mean, and are merged (Chan et al. 1979) in an order
- * that depends on the sizes alone.
  * Bound: memory, two reads and one write of the tensor. */
-#include "list.h"
-#include "reduce.cuh"
-#include "vector.cuh"
+#include "group_norm.cuh"
 
 static constexpr int MOST_GROUPS = 128; /* of a tile */
-static constexpr int AHEAD = 4;         /* vectors that a thread loads before it writes one */
+static constexpr int AHEAD = 4;         /* loads in flight of a thread */
 
-struct image {
-    const void *data;
-    int64_t n, pixel; /* strides */
-};
+/* ---- statistics ------------------------------------------------------------------------------ */
 
-/* One number a channel; `wide`: read by whole vectors. */
-struct row {
-    ac_cells cells;
-    int64_t stride;
-    bool wide;
-};
+/* Of a thread's channels. */
+template <typename T> struct thread_sums {
+    float pivot[ac_wide<T>], sum[ac_wide<T>], squares[ac_wide<T>];
 
-struct job {
-    image x, x2, y;
-    int64_t pixels, piece, run; /* of a block: in the first kernel, in the second */
-    int32_t c1, channels, groups, group_channels, tile, pieces;
-    row gamma, beta, shift;
-    int64_t shift_n;
-    float eps, scale;
-    ac_act act;
-    float3 *parts; /* [image][group][piece]: count, mean, sum of squares around it */
-};
-
-/* What a thread works on: vector x of `width`, pixels y, y + height ... */
-template <typename T> struct place {
-    int32_t c0, width, height, x, y, c; /* c: first channel of the vector */
-    int64_t n;
-    bool active;
-
-    __device__ place(const job &g)
+    __device__ thread_sums(uint4 first)
     {
-        c0 = (int32_t)blockIdx.y * g.tile;
-        width = min(g.tile, g.channels - c0) / ac_wide<T>;
-        height = (int32_t)AC_THREADS / width;
-        x = (int32_t)threadIdx.x % width;
-        y = (int32_t)threadIdx.x / width;
-        c = c0 + x * ac_wide<T>;
-        n = blockIdx.z;
-        active = y < height;
-    }
-
-    /* The vector's place at pixel 0, and how far the next pixel is. */
-    __device__ const T *
-    source(const job &g, int64_t *step) const
-    {
-        bool second = c >= g.c1;
-        const image &i = second ? g.x2 : g.x;
-        *step = i.pixel;
-        return (const T *)i.data + n * i.n + (second ? c - g.c1 : c);
-    }
-};
-
-/* Single loads come one after the other: eight of them take longer than the rest of a block. */
-template <typename T>
-__device__ static inline void
-load_row(float (&to)[ac_wide<T>], const row &r, int64_t base, int32_t c)
-{
-    if (r.wide) {
-        ac_load_wide<T>(to, (const T *)r.cells.data + base + c);
-        return;
-    }
+        ac_unpack_wide<T>(pivot, first);
 #pragma unroll
-    for (int e = 0; e < ac_wide<T>; e++) {
-        to[e] = r.cells.data ? ac_load(r.cells, base + (c + e) * r.stride) : 0.0f;
-    }
-}
-
-/* grid: pieces, tiles of channels, images */
-template <typename T>
-__global__ static void __launch_bounds__(AC_THREADS)
-parts_kernel(const __grid_constant__ job g)
-{
-    constexpr int N = ac_wide<T>;
-    __shared__ float2 part[AC_THREADS * N]; /* [height][channels of the tile]: mean, squares */
-    place<T> at(g);
-    int64_t from = blockIdx.x * g.piece, to = min(from + g.piece, g.pixels), step;
-    if (at.active) {
-        float shift[N], pivot[N] = {}, sum[N] = {}, squares[N] = {}, count = 0.0f;
-        const T *x = at.source(g, &step);
-        load_row<T>(shift, g.shift, at.n * g.shift_n, at.c);
-        if (from + at.y < to) {
-            ac_load_wide<T>(pivot, x + (from + at.y) * step);
+        for (int e = 0; e < ac_wide<T>; e++) {
+            sum[e] = squares[e] = 0.0f;
         }
-#pragma unroll 4
-        for (int64_t pixel = from + at.y; pixel < to; pixel += at.height) {
-            float v[N];
-            ac_load_wide<T>(v, x + pixel * step);
+    }
+
+    template <int V>
+    __device__ void
+    add(const ac_gn_run<V> &run)
+    {
 #pragma unroll
-            for (int e = 0; e < N; e++) {
+        for (int i = 0; i < V; i++) {
+            float v[ac_wide<T>];
+            ac_unpack_wide<T>(v, run.raw[i]);
+#pragma unroll
+            for (int e = 0; e < ac_wide<T>; e++) {
                 float d = v[e] - pivot[e];
                 sum[e] += d;
                 squares[e] += d * d;
             }
-            count += 1.0f;
-        }
-#pragma unroll
-        for (int e = 0; e < N && count > 0.0f; e++) {
-            float mean = sum[e] / count;
-            part[(at.y * at.width + at.x) * N + e] =
-                make_float2(pivot[e] + shift[e] + mean, fmaxf(squares[e] - sum[e] * mean, 0.0f));
         }
     }
-    __syncthreads();
-    int groups = at.width * N / g.group_channels, group0 = at.c0 / g.group_channels;
-    int64_t pixels = to - from;
-    for (int group = threadIdx.x / 32; group < groups; group += AC_THREADS / 32) {
-        float3 all = make_float3(0.0f, 0.0f, 0.0f);
-        for (int i = threadIdx.x % 32; i < g.group_channels * at.height; i += 32) {
-            int y = i / g.group_channels, c = group * g.group_channels + i % g.group_channels;
-            if (y < pixels) {
-                float2 one = part[y * at.width * N + c];
-                float count = (float)((pixels - y + at.height - 1) / at.height);
-                all = ac_moments_merge(all, make_float3(count, one.x, one.y));
+};
+
+/* What a block's threads found: mean and squares of each channel over each row of threads, in
+ * pairs of channels so that neighbouring threads write neighbouring 16 bytes. */
+template <typename T, int THREADS> struct channel_table {
+    float4 pair[THREADS * ac_wide<T> / 2]; /* [height][pair of the vector][width] */
+
+    __device__ void
+    put(const ac_gn_place<T> &at, const thread_sums<T> &s, uint4 raw_shift, int32_t count)
+    {
+        float each = __fdividef(1.0f, (float)count), shift[ac_wide<T>];
+        ac_unpack_wide<T>(shift, raw_shift);
+#pragma unroll
+        for (int k = 0; k < ac_wide<T> / 2; k++) {
+            float mean[2], squares[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int e = 2 * k + i;
+                mean[i] = s.pivot[e] + shift[e] + s.sum[e] * each;
+                squares[i] = fmaxf(s.squares[e] - s.sum[e] * s.sum[e] * each, 0.0f);
+            }
+            pair[(at.y * (ac_wide<T> / 2) + k) * (int32_t)blockDim.x + (int32_t)threadIdx.x] =
+                make_float4(mean[0], squares[0], mean[1], squares[1]);
+        }
+    }
+
+    __device__ float2
+    get(const ac_gn_place<T> &at, int32_t y, int32_t c) const
+    {
+        int32_t x = c / ac_wide<T>, e = c % ac_wide<T>;
+        int32_t i = (y * (ac_wide<T> / 2) + e / 2) * (int32_t)blockDim.x + x;
+        return ((const float2 *)pair)[i * 2 + e % 2];
+    }
+
+    /* A group's moments over `pixels` of the block, by a warp. */
+    __device__ float3
+    group(const ac_gn &g, const ac_gn_place<T> &at, int32_t group, int32_t pixels) const
+    {
+        int32_t rows = min(at.rows, pixels), gc = g.group_channels, c0 = group * gc;
+        int32_t step_y = at.group_of(g, 32), step_c = 32 - step_y * gc;
+        int32_t y = at.group_of(g, at.lane()), c = at.lane() - y * gc;
+        int32_t least = (int32_t)((uint32_t)pixels / (uint32_t)at.rows);
+        int32_t more = pixels - least * at.rows;
+        ac_moments_sum all(get(at, 0, c0).x);
+        while (y < rows) {
+            float2 one = get(at, y, c0 + c);
+            all.add((float)(least + (y < more)), one.x, one.y);
+            y += step_y;
+            c += step_c;
+            if (c >= gc) {
+                c -= gc;
+                y++;
             }
         }
-        all = ac_moments_warp(all);
-        if (threadIdx.x % 32 == 0) {
-            g.parts[(at.n * g.groups + group0 + group) * g.pieces + blockIdx.x] = all;
-        }
+        return all.warp();
     }
-}
+};
 
-/* Exponential and division are as long as the memory takes; the fast ones are good to more digits
- * than a half has. */
-template <typename T>
-__device__ static inline float
-finish(ac_act act, float v)
-{
-    bool fast = sizeof(T) == 2 && act == AC_ACT_SILU;
-    return fast ? __fdividef(v, 1.0f + __expf(-v)) : ac_act_apply(act, v);
-}
-
-/* grid: runs of pixels, tiles of channels, images */
+/* parts: [image][group][piece], mean and sum of squares around it.  grid: pieces, tiles, images */
 template <typename T>
 __global__ static void __launch_bounds__(AC_THREADS)
-apply_kernel(const __grid_constant__ job g)
+parts_kernel(const __grid_constant__ ac_gn g, float2 *parts)
 {
-    constexpr int N = ac_wide<T>;
-    __shared__ float2 moments[MOST_GROUPS]; /* mean, 1 / sqrt(variance + eps) */
-    place<T> at(g);
-    float shift[N], mean[N], by[N], beta[N];
-    if (at.active) { /* before the wait for the moments */
-        load_row<T>(shift, g.shift, at.n * g.shift_n, at.c);
-        load_row<T>(by, g.gamma, 0, at.c);
-        load_row<T>(beta, g.beta, 0, at.c);
-    }
-    int groups = at.width * N / g.group_channels, group0 = at.c0 / g.group_channels;
-    for (int group = threadIdx.x / 32; group < groups; group += AC_THREADS / 32) {
-        const float3 *parts = g.parts + (at.n * g.groups + group0 + group) * g.pieces;
-        float3 all = make_float3(0.0f, 0.0f, 0.0f);
-        for (int i = threadIdx.x % 32; i < g.pieces; i += 32) {
-            all = ac_moments_merge(all, parts[i]);
+    __shared__ channel_table<T, AC_THREADS> table;
+    ac_gn_place<T> at(g, blockIdx);
+    int32_t from = (int32_t)blockIdx.x * g.piece, to = min(from + g.piece, g.pixels);
+    int32_t first = from + at.y;
+    if (at.active && first < to) {
+        ac_gn_run<AHEAD> run;
+        at.load(run, first, first, to);
+        uint4 shift = ac_gn_shift(g, at);
+        thread_sums<T> sums(run.raw[0]);
+        sums.add(run);
+        for (int32_t p = first + AHEAD * at.rows; p < to; p += AHEAD * at.rows) {
+            at.load(run, p, first, to);
+            sums.add(run);
         }
-        all = ac_moments_warp(all);
-        if (threadIdx.x % 32 == 0) {
-            moments[group] = make_float2(all.y, 1.0f / sqrtf(all.z / all.x + g.eps));
+        table.put(at, sums, shift, (to - first + at.rows - 1) / at.rows);
+    }
+    __syncthreads();
+    int32_t groups = at.groups(g), group0 = at.group_of(g, at.c0);
+    for (int32_t group = at.warp(); group < groups; group += at.warps()) {
+        float3 all = table.group(g, at, group, to - from);
+        if (at.lane() == 0) {
+            parts[(at.n * g.groups + group0 + group) * gridDim.x + blockIdx.x] =
+                make_float2(all.y, all.z);
+        }
+    }
+}
+
+/* grid: runs of pixels, tiles of channels, images; pieces as the first kernel's */
+template <typename T, bool SILU>
+__global__ static void __launch_bounds__(AC_THREADS)
+apply_kernel(const __grid_constant__ ac_gn g, const float2 *parts, int32_t piece, int32_t pieces)
+{
+    __shared__ float2 moments[MOST_GROUPS]; /* mean, 1 / sqrt(variance + eps) */
+    ac_gn_place<T> at(g, blockIdx);
+    int32_t from = (int32_t)blockIdx.x * g.piece, to = min(from + g.piece, g.pixels);
+    int32_t first = from + at.y;
+    ac_gn_run<AHEAD> run;
+    ac_gn_affine<T, SILU> affine;
+    if (at.active && first < to) { /* before the wait for the moments */
+        at.load(run, first, first, to);
+        affine.load(g, at);
+    }
+    int32_t groups = at.groups(g), group0 = at.group_of(g, at.c0);
+    for (int32_t group = at.warp(); group < groups; group += at.warps()) {
+        const float2 *mine = parts + (at.n * g.groups + group0 + group) * pieces;
+        ac_moments_sum all(mine[0].x);
+        for (int32_t i = at.lane(); i < pieces; i += 32) {
+            float2 one = mine[i];
+            int32_t count = min(piece, g.pixels - i * piece) * g.group_channels;
+            all.add((float)count, one.x, one.y);
+        }
+        float3 whole = all.warp();
+        if (at.lane() == 0) {
+            moments[group] = ac_gn_moments(g, whole);
         }
     }
     __syncthreads();
-    if (!at.active) {
+    if (!at.active || first >= to) {
         return;
     }
-#pragma unroll
-    for (int e = 0; e < N; e++) {
-        float2 m = moments[(at.c - at.c0 + e) / g.group_channels];
-        mean[e] = m.x;
-        by[e] *= m.y;
-    }
-    int64_t from = blockIdx.x * g.run, to = min(from + g.run, g.pixels), step;
-    const T *x = at.source(g, &step);
-    T *y = (T *)g.y.data + at.n * g.y.n + at.c;
-    for (int64_t pixel = from + at.y; pixel < to; pixel += (int64_t)AHEAD * at.height) {
-        uint4 raw[AHEAD]; /* loads in flight: the compiler does not move one before a store */
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (pixel + i * at.height < to) {
-                raw[i] = *(const uint4 *)(x + (pixel + i * at.height) * step);
-            }
+    affine.set(g, at, moments);
+    for (int32_t p = first;;) {
+        affine.store(g, at, run, p, to);
+        p += AHEAD * at.rows;
+        if (p >= to) {
+            return;
         }
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            float v[N];
-            ac_unpack_wide<T>(v, raw[i]);
-#pragma unroll
-            for (int e = 0; e < N; e++) {
-                float z = (v[e] + shift[e] - mean[e]) * by[e] + beta[e];
-                v[e] = finish<T>(g.act, z) * g.scale;
-            }
-            if (pixel + i * at.height < to) {
-                ac_store_wide<T>(y + (pixel + i * at.height) * g.y.pixel, v);
-            }
-        }
+        at.load(run, p, first, to);
     }
 }
 
@@ -213,7 +178,7 @@ apply_kernel(const __grid_constant__ job g)
 
 /* Pixels at one distance, all in whole vectors. */
 static bool
-image_of(const ac_tensor *t, ac_dtype dtype, image *out)
+image_of(const ac_tensor *t, ac_dtype dtype, ac_gn_image *out)
 {
     int32_t last = t->shape.rank - 1, wide = 16 / (int32_t)ac_dtype_size(dtype);
     ac_shape pixels = {last - 1, {}};
@@ -222,29 +187,70 @@ image_of(const ac_tensor *t, ac_dtype dtype, image *out)
     }
     const int64_t *const strides[] = {t->stride + 1};
     ac_walk w = ac_walk_of(&pixels, 1, strides);
-    *out = image{t->data, t->stride[0], w.rank ? w.stride[0][0] : 0};
+    *out = ac_gn_image{t->data, t->stride[0], w.rank ? w.stride[0][0] : 0};
     return w.rank <= 1 && t->dtype == dtype && t->stride[last] == 1 && out->n % wide == 0 &&
            out->pixel % wide == 0 && t->shape.dim[last] % wide == 0;
 }
 
-static row
-row_of(const ac_tensor *t, int32_t axis, ac_dtype dtype)
+static bool
+row_fits(const ac_tensor *t, int32_t axis, ac_dtype dtype)
 {
-    row r = {ac_cells_of(t), t ? t->stride[axis] : 0, false};
-    r.wide = t && t->data && t->dtype == dtype && r.stride == 1 && ac_is_wide(t->data);
-    return r;
+    return t->dtype == dtype && (t->stride[axis] == 1 || t->shape.dim[axis] == 1);
 }
 
-/* Whole groups that are whole vectors; where there are as many, 64 channels and a group a warp.
- * 0: there is no such tile. */
-static int32_t
-tile_of(int32_t channels, int32_t group_channels, int32_t wide)
+bool
+ac_gn_of(const ac_problem *p, ac_gn *g)
 {
-    int32_t most = AC_MIN((int32_t)AC_THREADS * wide, MOST_GROUPS * group_channels);
-    int32_t wanted = AC_MAX(64, (int32_t)AC_THREADS / 32 * group_channels), tile = 0;
-    for (int32_t c = group_channels; c <= AC_MIN(channels, most); c += group_channels) {
+    const ac_tensor *x = &p->input[AC_GN_X], *x2 = ac_operand(p, AC_GN_X2), *y = &p->output;
+    const ac_tensor *gamma = &p->input[AC_GN_GAMMA], *beta = &p->input[AC_GN_BETA];
+    const ac_tensor *shift = ac_operand(p, AC_GN_SHIFT);
+    int32_t last = y->shape.rank - 1, wide = 16 / (int32_t)ac_dtype_size(y->dtype);
+    int64_t pixels = 1;
+    *g = {};
+    if (!ac_cuda_float(y->dtype) || !image_of(x, y->dtype, &g->x) ||
+        (x2 && !image_of(x2, y->dtype, &g->x2)) || !image_of(y, y->dtype, &g->y) ||
+        !row_fits(gamma, 0, y->dtype) || !row_fits(beta, 0, y->dtype) ||
+        (shift && !row_fits(shift, 1, y->dtype))) {
+        return false;
+    }
+    for (int32_t d = 1; d < last; d++) {
+        pixels *= y->shape.dim[d];
+    }
+    if (pixels > 1 << 30 || y->shape.dim[last] > 1 << 20 || y->shape.dim[0] > 65535) {
+        return false;
+    }
+    g->pixels = (int32_t)pixels;
+    g->images = y->shape.dim[0];
+    g->c1 = (int32_t)x->shape.dim[last];
+    g->channels = (int32_t)y->shape.dim[last];
+    g->groups = p->attr.group_norm.groups;
+    g->group_channels = g->channels / g->groups;
+    g->inverse = (uint32_t)(((1ull << 32) + g->group_channels - 1) / g->group_channels);
+    g->gamma = gamma->data;
+    g->beta = beta->data;
+    g->shift = shift ? shift->data : nullptr;
+    g->shift_n = shift && shift->shape.dim[0] > 1 ? shift->stride[0] : 0;
+    g->eps = p->attr.group_norm.eps;
+    g->scale = ldexpf(1.0f, p->attr.group_norm.exponent);
+    g->act = p->attr.group_norm.act;
+    return g->shift_n % wide == 0 && (g->act == AC_ACT_NONE || g->act == AC_ACT_SILU);
+}
+
+bool
+ac_gn_aligned(const ac_gn *g)
+{
+    return ac_is_wide(g->x.data) && ac_is_wide(g->x2.data) && ac_is_wide(g->y.data) &&
+           ac_is_wide(g->gamma) && ac_is_wide(g->beta) && ac_is_wide(g->shift);
+}
+
+int32_t
+ac_gn_tile(const ac_gn *g, int32_t wide, int32_t wanted, int32_t most, int32_t most_groups)
+{
+    int32_t gc = g->group_channels, tile = 0;
+    int64_t limit = AC_MIN((int64_t)most * wide, (int64_t)most_groups * gc);
+    for (int64_t c = gc; c <= AC_MIN((int64_t)g->channels, limit); c += gc) {
         if (c % wide == 0) {
-            tile = c;
+            tile = (int32_t)c;
             if (c >= wanted) {
                 break;
             }
@@ -253,96 +259,86 @@ tile_of(int32_t channels, int32_t group_channels, int32_t wide)
     return tile;
 }
 
+/* What the two launches differ in. */
+struct cut {
+    int32_t run, piece, pieces; /* pixels of a block of the second; of the first; how many */
+    dim3 threads;
+};
+
 static bool
-job_of(const ac_problem *p, job *g)
+job_of(const ac_problem *p, ac_gn *g, cut *c)
 {
-    const ac_tensor *x = &p->input[AC_GN_X], *x2 = ac_operand(p, AC_GN_X2), *y = &p->output;
-    const ac_tensor *gamma = &p->input[AC_GN_GAMMA], *beta = &p->input[AC_GN_BETA];
-    const ac_tensor *shift = ac_operand(p, AC_GN_SHIFT);
-    int32_t last = y->shape.rank - 1, wide = 16 / (int32_t)ac_dtype_size(y->dtype);
-    *g = {};
-    if (!ac_cuda_float(y->dtype) || y->shape.dim[last] > 1 << 20 ||
-        !image_of(x, y->dtype, &g->x) || (x2 && !image_of(x2, y->dtype, &g->x2)) ||
-        !image_of(y, y->dtype, &g->y) || !ac_cuda_float(gamma->dtype) ||
-        !ac_cuda_float(beta->dtype) || (shift && !ac_cuda_float(shift->dtype)) ||
-        y->shape.dim[0] > 65535) {
+    int32_t wide = 16 / (int32_t)ac_dtype_size(p->output.dtype);
+    if (!ac_gn_of(p, g)) {
         return false;
     }
-    g->c1 = (int32_t)x->shape.dim[last];
-    g->channels = (int32_t)y->shape.dim[last];
-    g->pixels = 1;
-    for (int32_t d = 1; d < last; d++) {
-        g->pixels *= y->shape.dim[d];
-    }
-    g->gamma = row_of(gamma, 0, y->dtype);
-    g->beta = row_of(beta, 0, y->dtype);
-    g->shift = row_of(shift, 1, y->dtype);
-    if (shift && shift->shape.dim[0] > 1) {
-        g->shift_n = shift->stride[0];
-        g->shift.wide = g->shift.wide && g->shift_n % wide == 0;
-    }
-    g->groups = p->attr.group_norm.groups;
-    g->group_channels = g->channels / g->groups;
-    g->tile = tile_of(g->channels, g->group_channels, wide);
-    g->eps = p->attr.group_norm.eps;
-    g->scale = ldexpf(1.0f, p->attr.group_norm.exponent);
-    g->act = p->attr.group_norm.act;
+    /* 64 channels where there are as many, and a group for each warp that merges. */
+    int32_t wanted = AC_MAX(64, (int32_t)AC_THREADS / 32 * g->group_channels);
+    g->tile = ac_gn_tile(g, wide, wanted, AC_THREADS, MOST_GROUPS);
     if (g->tile == 0) {
         return false;
     }
-    /* About 2000 blocks, none with less than four vectors a thread, few enough to merge. */
-    int64_t others = ac_ceil_div(g->channels, g->tile) * AC_MAX(y->shape.dim[0], (int64_t)1);
-    int64_t least = (int64_t)AC_THREADS * wide / g->tile * 4;
-    g->run = AC_MAX(ac_ceil_div(g->pixels * others, 2048), AC_MAX(least, (int64_t)1));
-    g->piece = AC_MAX(g->run, ac_ceil_div(g->pixels, 256));
-    g->pieces = (int32_t)AC_MAX(ac_ceil_div(g->pixels, g->piece), (int64_t)1);
+    c->threads = dim3((unsigned)(g->tile / wide), AC_THREADS / (unsigned)(g->tile / wide));
+    /* About 512 blocks, none with less than eight vectors a thread, few enough to merge: what a
+     * block does once is as much as what it does with some vectors. */
+    int64_t others = ac_ceil_div(g->channels, g->tile) * AC_MAX(g->images, (int64_t)1);
+    int64_t least = (int64_t)c->threads.y * 2 * AHEAD;
+    c->run = (int32_t)AC_MAX(ac_ceil_div(g->pixels * others, 512), AC_MAX(least, (int64_t)1));
+    c->piece = (int32_t)AC_MAX((int64_t)c->run, ac_ceil_div(g->pixels, 256));
+    c->pieces = (int32_t)AC_MAX(ac_ceil_div(g->pixels, c->piece), (int64_t)1);
     return true;
 }
 
 static bool
 supports(const ac_problem *p, const ac_caps *)
 {
-    job g;
-    return job_of(p, &g);
+    ac_gn g;
+    cut c;
+    return job_of(p, &g, &c);
 }
 
 static size_t
 scratch(const ac_problem *p, const ac_caps *caps)
 {
-    job g;
-    job_of(p, &g);
-    size_t mine = (size_t)(p->output.shape.dim[0] * g.groups * g.pieces) * sizeof(float3);
+    ac_gn g;
+    cut c;
+    job_of(p, &g, &c);
+    size_t mine = (size_t)(g.images * g.groups * c.pieces) * sizeof(float2);
     size_t plain = ac_cuda_group_norm.scratch(p, caps); /* where addresses are not whole vectors */
     return AC_MAX(mine, plain);
 }
 
 template <typename T>
 static ac_status
-launch_dtype(ac_lane *lane, const job &g, int64_t images)
+launch_dtype(ac_lane *lane, ac_gn *g, const cut &c, float2 *parts)
 {
-    unsigned tiles = (unsigned)ac_ceil_div(g.channels, g.tile);
-    dim3 parts((unsigned)g.pieces, tiles, (unsigned)images);
-    dim3 runs((unsigned)ac_ceil_div(g.pixels, g.run), tiles, (unsigned)images);
-    AC_TRY(ac_cuda_launch(lane, "group_norm parts", parts_kernel<T>, parts, AC_THREADS, 0, g));
-    return ac_cuda_launch(lane, "group_norm", apply_kernel<T>, runs, AC_THREADS, 0, g);
+    unsigned tiles = (unsigned)ac_ceil_div(g->channels, g->tile);
+    dim3 pieces((unsigned)c.pieces, tiles, (unsigned)g->images);
+    dim3 runs((unsigned)ac_ceil_div(g->pixels, c.run), tiles, (unsigned)g->images);
+    auto *apply = g->act == AC_ACT_SILU ? apply_kernel<T, true> : apply_kernel<T, false>;
+    g->piece = c.piece;
+    AC_TRY(ac_cuda_launch(lane, "group_norm parts", parts_kernel<T>, pieces, c.threads, 0, *g,
+                          parts));
+    g->piece = c.run;
+    return ac_cuda_launch(lane, "group_norm", apply, runs, c.threads, 0, *g, parts, c.piece,
+                          c.pieces);
 }
 
 static ac_status
 launch(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared)
 {
-    job g;
-    if (!job_of(p, &g) || !ac_is_wide(g.x.data) || !ac_is_wide(g.x2.data) ||
-        !ac_is_wide(g.y.data)) {
+    ac_gn g;
+    cut c;
+    if (!job_of(p, &g, &c) || !ac_gn_aligned(&g)) {
         return ac_cuda_group_norm.launch(lane, p, scratch, prepared);
     }
-    int64_t images = p->output.shape.dim[0];
-    g.parts = (float3 *)scratch;
-    if (g.pixels == 0 || images == 0) {
+    float2 *parts = (float2 *)scratch;
+    if (g.pixels == 0) {
         return AC_OK;
     }
-    return p->output.dtype == AC_F32   ? launch_dtype<float>(lane, g, images)
-           : p->output.dtype == AC_F16 ? launch_dtype<__half>(lane, g, images)
-                                       : launch_dtype<__nv_bfloat16>(lane, g, images);
+    return p->output.dtype == AC_F32   ? launch_dtype<float>(lane, &g, c, parts)
+           : p->output.dtype == AC_F16 ? launch_dtype<__half>(lane, &g, c, parts)
+                                       : launch_dtype<__nv_bfloat16>(lane, &g, c, parts);
 }
 
 extern "C" const ac_kernel ac_cuda_group_norm_wide = {

@@ -11,7 +11,7 @@ static constexpr unsigned AC_THREADS = 256;
 /* An empty grid is nothing to do.  `shared` bytes beyond 48 KB are asked for. */
 template <typename... P>
 static ac_status
-ac_cuda_launch(ac_lane *lane, const char *name, void (*kernel)(P...), dim3 grid, unsigned threads,
+ac_cuda_launch(ac_lane *lane, const char *name, void (*kernel)(P...), dim3 grid, dim3 threads,
                size_t shared, const std::type_identity_t<P> &...arguments)
 {
     int previous;

@@ -105,8 +105,8 @@ rows_of(const ac_problem *p, rows *r)
     ac_walk walk = ac_walk_of(&lines, 2, strides);
     if (!ac_cuda_float(y->dtype) || x->dtype != y->dtype || gamma->dtype != y->dtype ||
         beta->dtype != y->dtype || walk.rank > 1 || columns % wide ||
-        columns < wide || columns > 32 * MOST * wide || x->stride[last] != 1 || y->stride[last] != 1 ||
-        gamma->stride[0] != 1 || beta->stride[0] != 1) {
+        columns < wide || columns > 32 * MOST * wide || x->stride[last] != 1 ||
+        y->stride[last] != 1 || gamma->stride[0] != 1 || beta->stride[0] != 1) {
         return false;
     }
     *r = rows{y->data, x->data, gamma->data, beta->data, walk.count,

@@ -61,6 +61,33 @@ ac_moments_merge(float3 a, float3 b)
     return make_float3(n, a.y + d * share, a.z + b.z + d * d * a.x * share);
 }
 
+/* The same of many, around a pivot near their means: sums alone, where a chain of merges is one
+ * division after the other. */
+struct ac_moments_sum {
+    float pivot, count, sum, squares; /* all lanes' pivot is the same */
+
+    __device__ explicit ac_moments_sum(float near) : pivot(near), count(0), sum(0), squares(0) {}
+
+    __device__ void
+    add(float n, float mean, float around)
+    {
+        float d = mean - pivot, part = n * d;
+        count += n;
+        sum += part;
+        squares += around + part * d;
+    }
+
+    /* Every lane's result is the warp's. */
+    __device__ float3
+    warp() const
+    {
+        float n = ac_reduce_warp(count, ac_sum_of()), s = ac_reduce_warp(sum, ac_sum_of());
+        float q = ac_reduce_warp(squares, ac_sum_of());
+        float each = n > 0.0f ? __fdividef(1.0f, n) : 0.0f;
+        return make_float3(n, pivot + s * each, fmaxf(q - s * s * each, 0.0f));
+    }
+};
+
 /* Lane 0's result is the warp's. */
 __device__ static inline float3
 ac_moments_warp(float3 a)

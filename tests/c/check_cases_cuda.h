@@ -14,7 +14,8 @@ aligned_cases(case_list *list)
         {1, 9, 8, 16, 24, 24, 3, 1, 1, 1},  {2, 7, 5, 8, 0, 10, 3, 2, 0, 1},
         {1, 5, 6, 40, 8, 16, 1, 1, 0, 0},   {1, 20, 20, 32, 32, 130, 3, 1, 1, 1},
         {3, 16, 16, 48, 0, 72, 3, 2, 1, 1}, {1, 6, 6, 64, 64, 7, 5, 1, 2, 2},
-        {2, 32, 32, 72, 0, 264, 3, 1, 1, 1}};
+        {2, 32, 32, 72, 0, 264, 3, 1, 1, 1}, {2, 7, 37, 32, 0, 4, 3, 1, 1, 1},
+        {1, 33, 18, 64, 0, 8, 3, 1, 0, 1},   {1, 5, 3, 96, 0, 1, 3, 1, 0, 0}};
     for (size_t i = 0; i < AC_ARRAY_LEN(conv); i++) {
         const int32_t *s = conv[i];
         for (int variant = 0; variant < 4; variant++) {
@@ -69,6 +70,69 @@ aligned_cases(case_list *list)
     }
 }
 
+/* Groups that cross vectors, one or many of a tile; fewer pixels than threads, or than blocks. */
+static void
+vector_norm_cases(case_list *list)
+{
+    /* batch, height, width, channels, groups, channels of x2 */
+    static const int32_t norm[][6] = {
+        {1, 1, 1, 8, 1, 0},      {3, 1, 1, 320, 4, 0},   {2, 1, 3, 64, 8, 0},
+        {2, 7, 9, 320, 32, 0},   {1, 17, 13, 96, 32, 0}, {1, 9, 9, 160, 32, 64},
+        {2, 13, 11, 640, 32, 320}, {1, 33, 31, 128, 32, 0}, {1, 40, 41, 8, 1, 0},
+        {2, 5, 5, 1280, 32, 1280}, {1, 3, 5, 80, 1, 0},   {1, 20, 61, 64, 8, 32},
+        {1, 65, 67, 24, 2, 16},  {1, 2, 2, 4096, 2, 0},  {1, 4, 3, 1040, 130, 0}};
+    for (size_t i = 0; i < AC_ARRAY_LEN(norm); i++) {
+        const int32_t *s = norm[i];
+        int64_t c = s[3] + s[5];
+        for (int variant = 0; variant < 4; variant++) {
+            check_case *k = CASE(list, AC_OP_GROUP_NORM, AC_SHAPE(s[0], s[1], s[2], s[3]),
+                                 AC_SHAPE(c), AC_SHAPE(c),
+                                 s[5] ? AC_SHAPE(s[0], s[1], s[2], s[5]) : absent, absent);
+            k->attr.group_norm = (ac_group_norm_attr){
+                .groups = s[4], .eps = 1e-5f, .act = variant & 1 ? AC_ACT_SILU : AC_ACT_NONE,
+                .exponent = i % 4 == 0 ? -3 : 0};
+            if (variant >= 2) {
+                k->shape[AC_GN_SHIFT] = AC_SHAPE(variant == 2 ? 1 : s[0], c);
+            }
+            k->strided = variant == 3;
+        }
+    }
+    static const int64_t layers[][2] = {{1, 8},    {5, 64},   {7, 128},  {33, 320}, {9, 336},
+                                        {6, 768},  {17, 640}, {5, 1280}, {3, 1000}, {2, 2048},
+                                        {2, 2560}, {2, 2600}};
+    for (size_t i = 0; i < AC_ARRAY_LEN(layers); i++) {
+        for (int variant = 0; variant < 2; variant++) {
+            check_case *k = CASE(list, AC_OP_LAYER_NORM, AC_SHAPE(1, layers[i][0], layers[i][1]),
+                                 AC_SHAPE(layers[i][1]), AC_SHAPE(layers[i][1]));
+            k->attr.layer_norm.eps = 1e-5f;
+            k->strided = variant;
+        }
+    }
+}
+
+static void
+real_norm_cases(case_list *list)
+{
+    static const int32_t norm[][4] = {{2, 8, 1280, 0},   {2, 64, 640, 320},  {2, 128, 320, 0},
+                                      {2, 64, 640, 0},   {2, 64, 1280, 640}, {2, 32, 1280, 0},
+                                      {2, 32, 1280, 1280}, {1, 128, 512, 0}, {1, 512, 256, 0}};
+    for (size_t i = 0; i < AC_ARRAY_LEN(norm); i++) {
+        const int32_t *s = norm[i];
+        int64_t c = s[2] + s[3];
+        check_case *k = CASE(list, AC_OP_GROUP_NORM, AC_SHAPE(s[0], s[1], s[1], s[2]), AC_SHAPE(c),
+                             AC_SHAPE(c), s[3] ? AC_SHAPE(s[0], s[1], s[1], s[3]) : absent, absent);
+        k->attr.group_norm = (ac_group_norm_attr){.groups = 32, .eps = 1e-5f, .act = AC_ACT_SILU};
+        k->real = true;
+    }
+    static const int64_t layers[][2] = {{2048, 640}, {512, 1280}, {8192, 640}, {2048, 1280}};
+    for (size_t i = 0; i < AC_ARRAY_LEN(layers); i++) {
+        check_case *k = CASE(list, AC_OP_LAYER_NORM, AC_SHAPE(1, layers[i][0], layers[i][1]),
+                             AC_SHAPE(layers[i][1]), AC_SHAPE(layers[i][1]));
+        k->attr.layer_norm.eps = 1e-5f;
+        k->real = true;
+    }
+}
+
 static void
 real_cuda_cases(case_list *list)
 {
@@ -99,7 +163,8 @@ real_cuda_cases(case_list *list)
         c->real = true;
     }
     static const int32_t conv[][4] = {{2, 128, 320, 320}, {2, 64, 640, 640}, {2, 32, 1280, 1280},
-                                      {2, 32, 2560, 1280}, {1, 512, 256, 256}, {1, 512, 128, 128}};
+                                      {2, 32, 2560, 1280}, {1, 512, 256, 256}, {1, 512, 128, 128},
+                                      {1, 64, 512, 8}, {1, 512, 128, 3}};
     for (size_t i = 0; i < AC_ARRAY_LEN(conv); i++) {
         const int32_t *s = conv[i];
         check_case *c = CASE(list, AC_OP_CONV2D, AC_SHAPE(s[0], s[1], s[1], s[2]),
@@ -133,6 +198,8 @@ static void
 cuda_cases(case_list *list)
 {
     aligned_cases(list);
+    vector_norm_cases(list);
+    real_norm_cases(list);
     real_cuda_cases(list);
 }
 
