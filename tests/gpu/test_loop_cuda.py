@@ -98,6 +98,7 @@ def test_nothing_waits_where_a_callback_changes_latents(pipes, monkeypatch, watc
         draw(pipes[1], num_inference_steps=STEPS, callback_on_step_end=look)
 
 
+@pytest.mark.alone
 def test_the_loop_returns_before_the_gpu_is_done(pipes):
     fast = pipes[1]
     options = LARGE | {"num_inference_steps": 16}

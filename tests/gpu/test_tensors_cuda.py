@@ -183,6 +183,7 @@ def taken():
     return total - available
 
 
+@pytest.mark.alone
 def test_memory_goes_with_the_last_owner(nets):
     tensor = accel.Tensor((64, MB), "float32", "cuda")
     before = taken()
