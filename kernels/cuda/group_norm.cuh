@@ -1,5 +1,5 @@
-/* group_norm by 16-byte vectors: what the kernel of one launch (group_norm_cluster.cu) and that of
- * two (group_norm_wide.cu) share; see group_norm.cu for the formula.
+/* group_norm by 16-byte vectors: what the two launches of group_norm_wide.cu share; see
+ * group_norm.cu for the formula.
  *
  * A block takes some pixels of a tile of channels, whole groups and whole vectors; a thread keeps
  * one vector's channels.  Sums run around a thread's own first value, which loses no digits to a
@@ -25,7 +25,6 @@ struct ac_gn {
     int32_t tile;  /* channels of a block */
     int32_t piece; /* pixels of a block */
     uint32_t inverse; /* 2^32 / group_channels, rounded up; 0 for 1 */
-    int32_t blocks_log2; /* of a cluster: how many */
     float eps, scale;
     ac_act act; /* none or SiLU */
 };
@@ -33,16 +32,6 @@ struct ac_gn {
 /* Loads in flight of one thread: vectors at pixels y, y + height ... of a block's piece. */
 template <int V> struct ac_gn_run {
     uint4 raw[V];
-
-    /* Keeps the compiler from keeping what it has unpacked, which is twice as many registers. */
-    __device__ void
-    keep_packed()
-    {
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            asm volatile("" : "+r"(raw[i].x), "+r"(raw[i].y), "+r"(raw[i].z), "+r"(raw[i].w));
-        }
-    }
 };
 
 /* What a thread works on.  Threads are (vectors of a tile, rows of pixels). */

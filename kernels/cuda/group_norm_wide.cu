@@ -13,14 +13,16 @@ static constexpr int AHEAD = 4;         /* loads in flight of a thread */
 
 /* Of a thread's channels. */
 template <typename T> struct thread_sums {
-    float pivot[ac_wide<T>], sum[ac_wide<T>], squares[ac_wide<T>];
+    using S = ac_moments_type<T>;
+    float pivot[ac_wide<T>];
+    S sum[ac_wide<T>], squares[ac_wide<T>];
 
     __device__ thread_sums(uint4 first)
     {
         ac_unpack_wide<T>(pivot, first);
 #pragma unroll
         for (int e = 0; e < ac_wide<T>; e++) {
-            sum[e] = squares[e] = 0.0f;
+            sum[e] = squares[e] = 0;
         }
     }
 
@@ -34,7 +36,7 @@ template <typename T> struct thread_sums {
             ac_unpack_wide<T>(v, run.raw[i]);
 #pragma unroll
             for (int e = 0; e < ac_wide<T>; e++) {
-                float d = v[e] - pivot[e];
+                S d = v[e] - pivot[e];
                 sum[e] += d;
                 squares[e] += d * d;
             }
@@ -50,7 +52,9 @@ template <typename T, int THREADS> struct channel_table {
     __device__ void
     put(const ac_gn_place<T> &at, const thread_sums<T> &s, uint4 raw_shift, int32_t count)
     {
-        float each = __fdividef(1.0f, (float)count), shift[ac_wide<T>];
+        using S = ac_moments_type<T>;
+        S each = ac_quotient((S)1, (S)count);
+        float shift[ac_wide<T>];
         ac_unpack_wide<T>(shift, raw_shift);
 #pragma unroll
         for (int k = 0; k < ac_wide<T> / 2; k++) {
@@ -58,8 +62,8 @@ template <typename T, int THREADS> struct channel_table {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 int e = 2 * k + i;
-                mean[i] = s.pivot[e] + shift[e] + s.sum[e] * each;
-                squares[i] = fmaxf(s.squares[e] - s.sum[e] * s.sum[e] * each, 0.0f);
+                mean[i] = (float)(s.sum[e] * each + s.pivot[e] + shift[e]);
+                squares[i] = fmaxf((float)(s.squares[e] - s.sum[e] * s.sum[e] * each), 0.0f);
             }
             pair[(at.y * (ac_wide<T> / 2) + k) * (int32_t)blockDim.x + (int32_t)threadIdx.x] =
                 make_float4(mean[0], squares[0], mean[1], squares[1]);
@@ -83,7 +87,7 @@ template <typename T, int THREADS> struct channel_table {
         int32_t y = at.group_of(g, at.lane()), c = at.lane() - y * gc;
         int32_t least = (int32_t)((uint32_t)pixels / (uint32_t)at.rows);
         int32_t more = pixels - least * at.rows;
-        ac_moments_sum all(get(at, 0, c0).x);
+        ac_moments_sum<ac_moments_type<T>> all(get(at, 0, c0).x);
         while (y < rows) {
             float2 one = get(at, y, c0 + c);
             all.add((float)(least + (y < more)), one.x, one.y);
@@ -148,7 +152,7 @@ apply_kernel(const __grid_constant__ ac_gn g, const float2 *parts, int32_t piece
     int32_t groups = at.groups(g), group0 = at.group_of(g, at.c0);
     for (int32_t group = at.warp(); group < groups; group += at.warps()) {
         const float2 *mine = parts + (at.n * g.groups + group0 + group) * pieces;
-        ac_moments_sum all(mine[0].x);
+        ac_moments_sum<ac_moments_type<T>> all(mine[0].x);
         for (int32_t i = at.lane(); i < pieces; i += 32) {
             float2 one = mine[i];
             int32_t count = min(piece, g.pixels - i * piece) * g.group_channels;
@@ -301,7 +305,7 @@ static size_t
 scratch(const ac_problem *p, const ac_caps *caps)
 {
     ac_gn g;
-    cut c;
+    cut c = {};
     job_of(p, &g, &c);
     size_t mine = (size_t)(g.images * g.groups * c.pieces) * sizeof(float2);
     size_t plain = ac_cuda_group_norm.scratch(p, caps); /* where addresses are not whole vectors */

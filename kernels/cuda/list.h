@@ -8,8 +8,9 @@
 extern "C" {
 #endif
 
-/* One row a kernel, by op, then by preference: libraries, tensor cores, plain. */
+/* One row a kernel, by op, then by preference: special ones, libraries, tensor cores, plain. */
 #define AC_CUDA_KERNELS(X)                                                                         \
+    X(ac_cuda_conv2d_narrow)                                                                       \
     AC_CUDA_BLAS_KERNELS(X)                                                                        \
     AC_CUDA_DNN_KERNELS(X)                                                                         \
     X(ac_cuda_linear_mma)                                                                          \

@@ -4,9 +4,9 @@
 
 #include "launch.cuh"
 
-template <typename F>
-__device__ static inline float
-ac_reduce_warp(float v, F f)
+template <typename V, typename F>
+__device__ static inline V
+ac_reduce_warp(V v, F f)
 {
     for (int step = 16; step > 0; step /= 2) {
         v = f(v, __shfl_xor_sync(0xffffffffu, v, step));
@@ -32,8 +32,9 @@ ac_reduce_block(float v, float *shared, F f)
 }
 
 struct ac_sum_of {
-    __device__ float
-    operator()(float a, float b) const
+    template <typename V>
+    __device__ V
+    operator()(V a, V b) const
     {
         return a + b;
     }
@@ -61,30 +62,45 @@ ac_moments_merge(float3 a, float3 b)
     return make_float3(n, a.y + d * share, a.z + b.z + d * d * a.x * share);
 }
 
+/* What moments of T are summed in: of a double's digits enough are left where the pivot is an
+ * outlier, which costs a half none that it has. */
+template <typename T> using ac_moments_type = std::conditional_t<sizeof(T) == 4, double, float>;
+
+__device__ static inline float
+ac_quotient(float a, float b)
+{
+    return __fdividef(a, b);
+}
+
+__device__ static inline double
+ac_quotient(double a, double b)
+{
+    return a / b;
+}
+
 /* The same of many, around a pivot near their means: sums alone, where a chain of merges is one
  * division after the other. */
-struct ac_moments_sum {
-    float pivot, count, sum, squares; /* all lanes' pivot is the same */
+template <typename S> struct ac_moments_sum {
+    S pivot, count, sum, squares; /* all lanes' pivot is the same */
 
     __device__ explicit ac_moments_sum(float near) : pivot(near), count(0), sum(0), squares(0) {}
 
     __device__ void
     add(float n, float mean, float around)
     {
-        float d = mean - pivot, part = n * d;
-        count += n;
+        S d = (S)mean - pivot, part = (S)n * d;
+        count += (S)n;
         sum += part;
-        squares += around + part * d;
+        squares += (S)around + part * d;
     }
 
     /* Every lane's result is the warp's. */
     __device__ float3
     warp() const
     {
-        float n = ac_reduce_warp(count, ac_sum_of()), s = ac_reduce_warp(sum, ac_sum_of());
-        float q = ac_reduce_warp(squares, ac_sum_of());
-        float each = n > 0.0f ? __fdividef(1.0f, n) : 0.0f;
-        return make_float3(n, pivot + s * each, fmaxf(q - s * s * each, 0.0f));
+        S n = ac_reduce_warp(count, ac_sum_of()), s = ac_reduce_warp(sum, ac_sum_of());
+        S q = ac_reduce_warp(squares, ac_sum_of()), mean = n > (S)0 ? ac_quotient(s, n) : (S)0;
+        return make_float3((float)n, (float)(pivot + mean), fmaxf((float)(q - s * mean), 0.0f));
     }
 };
 
