@@ -1,45 +1,99 @@
-"""README's tables of what gpu.py measured, from the rows of its record."""
+"""README's tables of what gpu.py measured, and the figures of make test-gpu, from records.
+
+    python benchmarks/gpu_tables.py benchmarks/records/2026-11-21-h200*.json
+"""
+
+import json
+import sys
+from pathlib import Path
 
 
-def number(value, digits=2):
-    return "" if value is None else f"{value:.{digits}f}"
+def table(rows):
+    """Markdown of rows of cells; the first is the head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def ms(value):
+    """Three digits, or nothing."""
+    return "" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def seconds(row, part):
+    """Of accel's first call; `part` is cold or warm."""
+    return f"{row[part]['first_call_ms'] / 1e3:.2f} s" if part in row else ""
 
 
 def models_table(rows):
-    header = ["one call, fp16, ms", "accel", "its graph alone", "eager, channels_last",
-              "torch.compile", "bound", "error: accel", "eager", "torch.compile",
-              "torch.compile: ready after", "accel: first call, measuring", "with a cache"]
-    out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    """Times, then errors and what comes before the first result."""
+    times = [["one call, fp16, ms", "accel", "its graph alone", "eager, channels_last",
+              "torch.compile", "bound of the chip"]]
+    others = [["one call, fp16", "error: accel", "eager", "torch.compile",
+               "torch.compile is ready after", "accel: first call", "with a cache"]]
     for r in rows:
         if "failed" in r:
-            out.append(f"| {r['title']} | failed: {r['failed'][:80]} |" + " |" * (len(header) - 2))
+            times.append([r["title"], f"failed: {r['failed'][:80]}", "", "", "", ""])
             continue
         t = {n: v["ms"] for n, v in r["times"].items()}
         e, took = r["error"], r.get("torch_compile_s")
-        out.append("| " + " | ".join([
-            r["title"], number(t["accel"]), number(r["plan"]["graph_ms"]), number(t["eager"]),
-            number(t.get("torch.compile")) or r.get("torch_compile", "")[:80],
-            number(r["plan"]["bound_ms"]),
-            *(f"{e[n]:.2e}" if n in e else "" for n in ("accel", "eager", "torch.compile")),
-            f"{took:.0f} s" if took else "", f"{r['cold']['first_call_ms'] / 1e3:.1f} s",
-            f"{r['warm']['first_call_ms'] / 1e3:.2f} s" if "warm" in r else ""]) + " |")
-    return "\n".join(out)
+        times.append([
+            r["title"], ms(t["accel"]), ms(r["plan"]["graph_ms"]), ms(t["eager"]),
+            ms(t.get("torch.compile")) or r.get("torch_compile", "")[:80],
+            ms(r["plan"]["bound_ms"])])
+        others.append([
+            r["title"], *(f"{e[n]:.2e}" if n in e else ""
+                          for n in ("accel", "eager", "torch.compile")),
+            f"{took:.0f} s" if took else "", seconds(r, "cold"), seconds(r, "warm")])
+    return table(times) + "\n\n" + table(others)
 
 
 def pipelines_table(rows):
-    out = ["| prompt to tensor, fp16, s | accel | stock | |", "|---|---|---|---|"]
+    out = [["prompt to tensor, fp16", "accel", "stock", "stock / accel"]]
     for r in rows:
         t = r["times"]
-        out.append(f"| {r['title']} | {t['accel']:.3f} | {t['stock']:.3f} | "
-                   f"{t['stock'] / t['accel']:.2f} times as fast |")
-    return "\n".join(out)
+        out.append([r["title"], f"{t['accel']:.3f} s", f"{t['stock']:.3f} s",
+                    f"{t['stock'] / t['accel']:.2f}"])
+    return table(out)
 
 
 def memory_table(rows):
-    out = ["| fall of free memory, MB | accel | stock | after `del pipe`: accel | stock |",
-           "|---|---|---|---|---|"]
+    out = [["fall of free memory, MB", "accel", "stock", "after `del pipe`: accel", "stock"]]
     for r in rows:
         cells = [r[who].get(key) for key in ("fall", "after_del") for who in ("accel", "stock")]
-        out.append(f"| {r['title']} | " + " | ".join(
-            "failed" if c is None else f"{c / 1e6:.0f}" for c in cells) + " |")
-    return "\n".join(out)
+        out.append([r["title"], *("failed" if c is None else f"{c / 1e6:.0f}" for c in cells)])
+    return table(out)
+
+
+def test_lines(record):
+    """What make test-gpu says, a line each."""
+    tests, runs = record["tests"], record["kernel_runs"]
+    yield (f"make test-gpu: {'passed' if record['passed'] else 'FAILED'} in "
+           f"{record['seconds']:.0f} s; {tests['passed']} Python tests passed, {tests['failed']} "
+           f"failed, {tests['skipped']} skipped; {runs['against the reference']} kernel runs "
+           f"against the reference, {runs['under memcheck']} under memcheck, "
+           f"{runs['under racecheck']} under racecheck")
+    ratios = [p["ratio"] for p in record["parity"] if p["what"].find("trap") < 0]
+    if ratios:
+        yield (f"errors: {min(ratios):.2f} to {max(ratios):.2f} of PyTorch's own in "
+               f"{len(ratios)} cases of {record['parity'][0]['seeds']} seeds")
+    for kind in ("parity", "pictures", "memory", "rebind"):
+        for line in record[kind]:
+            if kind != "parity" or "steps" in line["what"] or "trap" in line["what"]:
+                yield f"{kind}: {json.dumps({k: v for k, v in line.items() if k != 'part'})}"
+
+
+def main():
+    for path in sys.argv[1:]:
+        record = json.loads(Path(path).read_text())
+        print(f"{path}: {json.dumps(record.get('versions', {}))}\n")
+        if "kernel_runs" in record:
+            print("\n".join(test_lines(record)) + "\n")
+            continue
+        for part, show in (("models", models_table), ("pipelines", pipelines_table),
+                           ("memory", memory_table)):
+            if record.get(part):
+                print(show(record[part]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
