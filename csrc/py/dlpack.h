@@ -7,7 +7,7 @@
 #ifndef AC_PY_DLPACK_H
 #define AC_PY_DLPACK_H
 
-#include <stdint.h>
+#include "py.h"
 
 enum { DL_CPU = 1, DL_CUDA = 2, DL_CUDA_HOST = 3 };
 enum { DL_INT = 0, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4, DL_COMPLEX = 5, DL_BOOL = 6 };
@@ -70,5 +70,8 @@ typedef struct DLPackExchangeAPI {
     /* The calling thread's current stream. */
     int (*current_work_stream)(int32_t device_type, int32_t device_id, void **out);
 } DLPackExchangeAPI;
+
+/* Of DL_MAJOR; NULL: there is none, or with an exception the capsule is another's. */
+const DLPackExchangeAPI *ac_py_exchange_api(PyObject *capsule);
 
 #endif

@@ -47,17 +47,13 @@ release(void *handle)
 int
 ac_py_memory_of(PyObject *capsule, ac_memory *out)
 {
-    DLPackExchangeAPIHeader *header = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
-    if (!header) {
+    const DLPackExchangeAPI *api = ac_py_exchange_api(capsule);
+    if (PyErr_Occurred()) {
         return -1;
     }
-    while (header && header->version.major != DL_MAJOR) {
-        header = header->prev_api;
-    }
-    DLPackExchangeAPI *api = (DLPackExchangeAPI *)header;
     if (!api || !api->managed_tensor_allocator || !api->current_work_stream) {
         return 0;
     }
-    *out = (ac_memory){.alloc = alloc, .free = release, .self = api};
+    *out = (ac_memory){.alloc = alloc, .free = release, .self = (void *)api};
     return 1;
 }

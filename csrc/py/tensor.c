@@ -100,23 +100,28 @@ view_of_dl(ac_py_state *state, const DLTensor *dl, const char *what, ac_py_view 
     return check_data(state, out, what);
 }
 
+static int
+take(ac_py_state *state, DLManagedTensorVersioned *m, const char *what, ac_py_view *out)
+{
+    *out = (ac_py_view){.owner = m, .release = release_versioned};
+    if (m->version.major != DL_MAJOR) {
+        ac_py_error(state, AC_E_UNSUPPORTED, "%s: found DLPack version %u, expected %d", what,
+                    (unsigned)m->version.major, DL_MAJOR);
+        return -1;
+    }
+    out->readonly = (m->flags & DL_FLAG_READ_ONLY) != 0;
+    return view_of_dl(state, &m->dl_tensor, what, out);
+}
+
 /* Takes the capsule's tensor over: from here on its deleter is ours to call. */
 static int
 consume(ac_py_state *state, PyObject *capsule, const char *what, ac_py_view *out)
 {
     if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
         DLManagedTensorVersioned *m = PyCapsule_GetPointer(capsule, "dltensor_versioned");
-        if (PyCapsule_SetName(capsule, "used_dltensor_versioned") < 0) {
-            return -1;
-        }
-        *out = (ac_py_view){.owner = m, .release = release_versioned};
-        if (m->version.major != DL_MAJOR) {
-            ac_py_error(state, AC_E_UNSUPPORTED, "%s: found DLPack version %u, expected %d", what,
-                        (unsigned)m->version.major, DL_MAJOR);
-            return -1;
-        }
-        out->readonly = (m->flags & DL_FLAG_READ_ONLY) != 0;
-        return view_of_dl(state, &m->dl_tensor, what, out);
+        return PyCapsule_SetName(capsule, "used_dltensor_versioned") < 0
+                   ? -1
+                   : take(state, m, what, out);
     }
     if (PyCapsule_IsValid(capsule, "dltensor")) {
         DLManagedTensor *m = PyCapsule_GetPointer(capsule, "dltensor");
@@ -156,6 +161,34 @@ check_device(ac_py_state *state, PyObject *object, const char *what, bool any)
                 type == DL_CUDA ? "cuda:" : "DLPack's device type ", type == DL_CUDA ? index
                                                                                      : type);
     return -1;
+}
+
+const DLPackExchangeAPI *
+ac_py_exchange_api(PyObject *capsule)
+{
+    DLPackExchangeAPIHeader *header = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+    while (header && header->version.major != DL_MAJOR) {
+        header = header->prev_api;
+    }
+    return (const DLPackExchangeAPI *)header;
+}
+
+/* The producer's own C function, where it publishes one.  PyTorch's __dlpack__ refuses tensors of
+ * a GPU that is not the current one; this does not.  NULL, no exception: ask __dlpack__. */
+static DLManagedTensorVersioned *
+exchange(PyObject *object)
+{
+    DLManagedTensorVersioned *made = NULL;
+    PyObject *capsule = PyObject_GetAttrString((PyObject *)Py_TYPE(object),
+                                               "__dlpack_c_exchange_api__");
+    const DLPackExchangeAPI *api = capsule ? ac_py_exchange_api(capsule) : NULL;
+    if (api && api->managed_tensor_from_py_object_no_sync &&
+        api->managed_tensor_from_py_object_no_sync(object, &made) != 0) {
+        made = NULL;
+    }
+    PyErr_Clear();
+    Py_XDECREF(capsule);
+    return made;
 }
 
 /* Stream -1: the producer shall not wait for anything; whoever runs knows the order. */
@@ -292,6 +325,10 @@ import_object(ac_py_state *state, PyObject *object, const char *what, bool any, 
     int gpu = check_device(state, object, what, any);
     if (gpu < 0) {
         return -1;
+    }
+    DLManagedTensorVersioned *made = exchange(object);
+    if (made) {
+        return take(state, made, what, out);
     }
     PyObject *capsule = call_dlpack(object, gpu);
     if (!capsule) {
