@@ -11,6 +11,7 @@ and copies.
 import contextlib
 import functools
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,12 @@ class _InOrder:
         return self.x.__dlpack_device__()
 
     def __dlpack__(self, **options):
-        return self.x.__dlpack__(**(options | {"stream": 1}))  # the legacy default stream
+        options |= {"stream": 1}  # the legacy default stream
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(self.x, torch.Tensor):
+            return self.x.__dlpack__(**options)
+        with torch.cuda.device(self.x.device):  # PyTorch exports those of the current GPU alone
+            return self.x.__dlpack__(**options)
 
 
 def _pageable(x):
