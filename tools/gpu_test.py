@@ -66,7 +66,9 @@ class Part:
 
     def start(self):
         self.began = time.monotonic()
-        environment = os.environ | self.environment | {"ACCEL_TEST_FIGURES": str(self.figures)}
+        # A cache each: one that all write is read again and again.
+        environment = {"ACCEL_CACHE": str(OUT / "cache" / self.name)} | os.environ
+        environment |= self.environment | {"ACCEL_TEST_FIGURES": str(self.figures)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [str(c) for c in self.command], cwd=self.folder, env=environment, stdout=log,
@@ -335,7 +337,6 @@ def main():
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     os.environ.setdefault("OMP_NUM_THREADS", "4")  # several processes share the cores
-    os.environ.setdefault("ACCEL_CACHE", str(OUT / "cache"))
     start = time.monotonic()
     run(parts, args.jobs, start + args.seconds)
     record = record_of(parts, round(time.monotonic() - start, 1))
