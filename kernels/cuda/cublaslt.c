@@ -322,12 +322,21 @@ find_pool(ac_cuda_blas *blas, const ac_blas_key *key, const ac_blas_pool **out)
     return AC_OK;
 }
 
+/* What was named for small operands may count bytes in 32 bits: one of them faulted on 1.5e9 halves,
+ * for which the heuristic names others. */
+static bool
+is_small(const ac_blas_key *k)
+{
+    int64_t row = AC_MAX(AC_MAX(k->x_row, k->out_row), k->residual_row);
+    return k->m * row * (int64_t)ac_dtype_size((ac_dtype)k->dtype) <= INT32_MAX;
+}
+
 static ac_status
 list_algorithms(ac_cuda_blas *blas, product *p)
 {
     const ac_blas_pool *pool;
     AC_TRY(ask_heuristic(blas, p));
-    if (p->key.batch > 1 || p->count == 0) {
+    if (p->key.batch > 1 || p->count == 0 || !is_small(&p->key)) {
         return AC_OK;
     }
     AC_TRY(find_pool(blas, &p->key, &pool));
