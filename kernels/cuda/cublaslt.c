@@ -322,8 +322,8 @@ find_pool(ac_cuda_blas *blas, const ac_blas_key *key, const ac_blas_pool **out)
     return AC_OK;
 }
 
-/* What was named for small operands may count bytes in 32 bits: one faulted on 2e9 halves, for which
- * the heuristic names others. */
+/* What was named for small operands may count bytes in 32 bits: one faulted on 2e9 halves, for
+ * which the heuristic names others. */
 static bool
 is_small(const ac_blas_key *k)
 {
