@@ -217,7 +217,7 @@ def finish(part):
 def run(parts, jobs, deadline):
     """All parts, `jobs` at once, then those that want to be alone; none is begun past deadline."""
     running = []
-    waiting = [p for p in parts if not p.alone] + [p for p in parts if p.alone]
+    waiting = sorted(parts, key=lambda p: p.alone and p.limit)  # of those the short ones first
     try:
         while waiting or running:
             for part in [p for p in running if p.over(deadline)]:
