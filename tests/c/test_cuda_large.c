@@ -231,6 +231,9 @@ linear(void)
     check(&(large_case){.op = AC_OP_LINEAR, .n_inputs = 4, .batched = 1 | 8, .window = 300,
                         .shape = {AC_SHAPE(m, 64), AC_SHAPE(64, 64), AC_SHAPE(64),
                                   AC_SHAPE(m, 64)}});
+    /* A shortcut of the VAE over 17 pictures: parts of more than 2^31 bytes. */
+    check(&(large_case){.op = AC_OP_LINEAR, .n_inputs = 3, .batched = 1, .window = 300,
+                        .shape = {AC_SHAPE(17 << 20, 256), AC_SHAPE(128, 256), AC_SHAPE(128)}});
 }
 
 static void
