@@ -12,6 +12,7 @@
 static const char header[] = "accel tune 1";
 
 typedef struct entry {
+    uint64_t hash; /* of the key: keys are alike for most of their length */
     char key[AC_TUNE_KEY], way[AC_TUNE_WAY];
     double microseconds;
 } entry;
@@ -23,6 +24,7 @@ struct ac_tune {
     char path[600];   /* of the choices; empty: no file */
     entry *entries; /* of all devices that the file knows */
     int32_t count, capacity;
+    struct stat seen; /* the file as it was read or written last */
 };
 
 void
@@ -34,11 +36,22 @@ ac_tune_free(ac_tune *tune)
     }
 }
 
+uint64_t
+ac_tune_hash(uint64_t hash, const void *bytes, size_t count)
+{
+    const unsigned char *at = bytes;
+    for (size_t i = 0; i < count; i++) {
+        hash = (hash ^ at[i]) * UINT64_C(0x100000001b3);
+    }
+    return hash;
+}
+
 static const entry *
 find(const ac_tune *tune, const char *key)
 {
+    uint64_t hash = ac_tune_hash(AC_TUNE_HASH, key, strlen(key));
     for (int32_t i = 0; i < tune->count; i++) {
-        if (strcmp(tune->entries[i].key, key) == 0) {
+        if (tune->entries[i].hash == hash && strcmp(tune->entries[i].key, key) == 0) {
             return &tune->entries[i];
         }
     }
@@ -48,24 +61,15 @@ find(const ac_tune *tune, const char *key)
 static ac_status
 add(ac_tune *tune, const entry *e)
 {
-    entry *old = (entry *)find(tune, e->key);
-    if (old) { /* a way that is no more */
-        *old = *e;
-        return AC_OK;
+    entry *to = (entry *)find(tune, e->key); /* with a way that is no more */
+    if (!to) {
+        AC_TRY(ac_cuda_heap_grow((void **)&tune->entries, tune->count, &tune->capacity,
+                                 sizeof *e));
+        to = &tune->entries[tune->count++];
     }
-    AC_TRY(ac_cuda_heap_grow((void **)&tune->entries, tune->count, &tune->capacity, sizeof *e));
-    tune->entries[tune->count++] = *e;
+    *to = *e;
+    to->hash = ac_tune_hash(AC_TUNE_HASH, e->key, strlen(e->key));
     return AC_OK;
-}
-
-uint64_t
-ac_tune_hash(uint64_t hash, const void *bytes, size_t count)
-{
-    const unsigned char *at = bytes;
-    for (size_t i = 0; i < count; i++) {
-        hash = (hash ^ at[i]) * UINT64_C(0x100000001b3);
-    }
-    return hash;
 }
 
 /* ---- the file -------------------------------------------------------------------------------- */
@@ -123,6 +127,20 @@ make_folders(const char *path)
     }
 }
 
+/* Remembers the file as it is now; true where it is as it was. */
+static bool
+is_as_seen(ac_tune *tune)
+{
+    struct stat before = tune->seen, now;
+    if (stat(tune->path, &now) != 0) {
+        return false;
+    }
+    tune->seen = now;
+    return now.st_ino == before.st_ino && now.st_size == before.st_size &&
+           now.st_mtim.tv_sec == before.st_mtim.tv_sec &&
+           now.st_mtim.tv_nsec == before.st_mtim.tv_nsec;
+}
+
 /* A reader sees the old file or the new one.  What another process added meanwhile is kept, unless
  * it writes at the same moment: then it measures again. */
 static ac_status
@@ -132,7 +150,9 @@ write_file(ac_tune *tune)
     if (!*tune->path) {
         return AC_OK;
     }
-    AC_TRY(read_file(tune));
+    if (!is_as_seen(tune)) {
+        AC_TRY(read_file(tune));
+    }
     make_folders(tune->path);
     snprintf(temporary, sizeof temporary, "%s.%ld", tune->path, (long)getpid());
     FILE *file = fopen(temporary, "we");
@@ -147,6 +167,8 @@ write_file(ac_tune *tune)
                     tune->path, strerror(errno));
         unlink(temporary);
         *tune->path = '\0'; /* once is enough */
+    } else {
+        is_as_seen(tune);
     }
     return AC_OK;
 }
