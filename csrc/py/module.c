@@ -99,24 +99,29 @@ device_entry(const ac_device *device)
                          "missed", missed);
 }
 
-/* The device that the arguments name, for the caller to unref; NULL with an exception set. */
-static ac_device *
-open_device(PyObject *module, PyObject *args, const char *format)
+ac_device *
+ac_py_device_open(ac_py_state *state, const char *name)
 {
-    const char *name;
-    if (!PyArg_ParseTuple(args, format, &name)) {
-        return NULL;
-    }
     ac_device *device;
     ac_status status;
     Py_BEGIN_ALLOW_THREADS
     status = ac_device_open(name, &device);
     Py_END_ALLOW_THREADS
     if (status < 0) {
-        ac_py_raise(PyModule_GetState(module), status);
+        ac_py_raise(state, status);
         return NULL;
     }
     return device;
+}
+
+/* The one that a function's arguments name. */
+static ac_device *
+open_device(PyObject *module, PyObject *args, const char *format)
+{
+    const char *name;
+    return PyArg_ParseTuple(args, format, &name)
+               ? ac_py_device_open(PyModule_GetState(module), name)
+               : NULL;
 }
 
 static PyObject *

@@ -33,6 +33,9 @@ ac_py_state_of(PyObject *self)
     return PyType_GetModuleState(Py_TYPE(self));
 }
 
+/* A device by name, for the caller to unref; NULL with an exception set. */
+ac_device *ac_py_device_open(ac_py_state *state, const char *name);
+
 int ac_py_shape_from(ac_py_state *state, PyObject *object, const char *what, ac_shape *out);
 
 /* ---- errors.c -------------------------------------------------------------------------------- */

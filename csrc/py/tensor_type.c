@@ -82,26 +82,21 @@ make(ac_py_state *state, ac_dtype dtype, const ac_shape *shape, ac_device *devic
 static int
 open_device(ac_py_state *state, const char *name, ac_device **out)
 {
-    ac_status status;
     *out = NULL;
     if (strcmp(name, "cpu") == 0) {
         return 0;
     }
-    Py_BEGIN_ALLOW_THREADS
-    status = ac_device_open(name, out);
-    Py_END_ALLOW_THREADS
-    if (status < 0) {
-        *out = NULL;
-        ac_py_raise(state, status);
+    ac_device *device = ac_py_device_open(state, name);
+    if (!device) {
         return -1;
     }
-    if (!(*out)->backend->lane_follow) {
-        ac_device_unref(*out);
-        *out = NULL;
+    if (!device->backend->lane_follow) {
+        ac_device_unref(device);
         ac_py_error(state, AC_E_INVALID, "device: found \"%.64s\", expected \"cpu\", \"cuda\" or "
                                          "\"cuda:<n>\"", name);
         return -1;
     }
+    *out = device;
     return 0;
 }
 

@@ -234,6 +234,18 @@ ac_attention_job_of(const ac_problem *p, ac_attention_job *j)
            j->images * j->heads <= 65535;
 }
 
+bool
+ac_attention_in_vectors(const ac_attention_job *j)
+{
+    const ac_attention_operand *const all[] = {&j->q, &j->k, &j->v, &j->out};
+    int64_t unit = 16 / (int64_t)ac_dtype_size(j->q.dtype);
+    bool whole = j->d % unit == 0;
+    for (const ac_attention_operand *o : all) {
+        whole = whole && o->dtype == j->q.dtype && o->c == 1 && (o->t | o->n) % unit == 0;
+    }
+    return whole;
+}
+
 static bool
 supports_flash(const ac_problem *p, const ac_caps *caps)
 {

@@ -28,6 +28,10 @@ typedef struct ac_attention_job {
 /* False for dtypes that are not f32, f16 or bf16. */
 bool ac_attention_job_of(const ac_problem *p, ac_attention_job *job);
 
+/* One dtype, channels side by side, every token and head at a multiple of 16 bytes from the first
+ * one. */
+bool ac_attention_in_vectors(const ac_attention_job *job);
+
 /* One pass over the keys with a running softmax, f16 and bf16, head sizes up to 160. */
 bool ac_attention_flash_fits(const ac_attention_job *job, int32_t arch);
 bool ac_attention_flash_aligned(const ac_attention_job *job);

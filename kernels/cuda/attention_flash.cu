@@ -16,14 +16,6 @@
 static constexpr int QUERIES = 64, KEYS = 64, THREADS = 128;
 static constexpr float LOG2E = 1.4426950408889634f;
 
-__device__ static inline float
-exp2_fast(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* KEYS (or QUERIES: as many) rows of a head, from token `first`, into shared memory. */
 template <typename T, int D>
 __device__ static inline void
@@ -83,13 +75,13 @@ softmax_step(state<D> &w, float (&s)[KEYS / 8][4])
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
         float base = most == -INFINITY ? 0.0f : most; /* no key yet: exp2(-inf - 0) is 0 */
-        float share = exp2_fast(w.most[row] - base), sum = 0.0f;
+        float share = ac_exp2_fast(w.most[row] - base), sum = 0.0f;
         w.most[row] = most;
 #pragma unroll
         for (int i = 0; i < KEYS / 8; i++) {
 #pragma unroll
             for (int e = 2 * row; e < 2 * row + 2; e++) {
-                s[i][e] = exp2_fast(s[i][e] - base);
+                s[i][e] = ac_exp2_fast(s[i][e] - base);
                 sum += s[i][e];
             }
         }
@@ -225,20 +217,12 @@ flash_kernel(const __grid_constant__ ac_attention_job j)
 
 /* ---- when, and how --------------------------------------------------------------------------- */
 
-static bool
-fits(const ac_attention_operand *o, ac_dtype dtype)
-{
-    return o->dtype == dtype && o->c == 1 && o->t % 8 == 0 && o->n % 8 == 0;
-}
-
 bool
 ac_attention_flash_fits(const ac_attention_job *j, int32_t arch)
 {
     ac_dtype dtype = j->q.dtype;
     return ((dtype == AC_F16 && arch >= 75) || (dtype == AC_BF16 && arch >= 80)) &&
-           fits(&j->q, dtype) && fits(&j->k, dtype) && fits(&j->v, dtype) &&
-           fits(&j->out, dtype) && j->d % 8 == 0 && j->d <= 160 && j->images <= 65535 &&
-           j->heads <= 65535;
+           ac_attention_in_vectors(j) && j->d <= 160 && j->images <= 65535 && j->heads <= 65535;
 }
 
 bool

@@ -57,6 +57,16 @@ struct ac_cuda_blas {
     int32_t n_layers, layers_capacity;
 };
 
+/* Rows of each of at least `parts` even parts of no more than about `most`, in units that tiles
+ * divide. */
+static inline int64_t
+ac_blas_even_rows(int64_t rows, int64_t most, int64_t parts)
+{
+    most = AC_MAX(most / 128 * 128, 128);
+    parts = AC_MAX((rows + most - 1) / most, parts);
+    return ((rows + parts - 1) / parts + 127) / 128 * 128;
+}
+
 /* Looks for the library once. */
 bool ac_blas_found(void);
 /* Makes libraries->blas; the rest, too, is called between ac_cuda_libraries_enter and _leave. */

@@ -69,6 +69,16 @@ ac_conv_gemm(const ac_problem *p, const void *prepared, ac_gemm *g)
     return true;
 }
 
+bool
+ac_conv_gemm_at_launch(const ac_problem *p, const void *prepared, ac_gemm *g)
+{
+    if (!prepared && !is_packed(&p->input[AC_CONV_W])) {
+        ac_gemm_of(p, g);
+        return false;
+    }
+    return ac_conv_gemm(p, prepared, g);
+}
+
 static bool
 supports_mma(const ac_problem *p, const ac_caps *caps)
 {
@@ -101,10 +111,9 @@ static ac_status
 launch_mma(ac_lane *lane, const ac_problem *p, void *, const void *prepared)
 {
     ac_gemm g;
-    if (!prepared && !is_packed(&p->input[AC_CONV_W])) {
-        return launch_plain(lane, p, NULL, NULL); /* not a weight: nothing was prepared */
+    if (!ac_conv_gemm_at_launch(p, prepared, &g)) {
+        return ac_cuda_gemm_plain(lane, &g);
     }
-    ac_conv_gemm(p, prepared, &g);
     return ac_gemm_mma_aligned(&g) ? ac_cuda_gemm_mma(lane, &g) : ac_cuda_gemm_plain(lane, &g);
 }
 

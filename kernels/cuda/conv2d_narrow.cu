@@ -222,12 +222,8 @@ static ac_status
 launch(ac_lane *lane, const ac_problem *p, void *, const void *prepared)
 {
     ac_gemm g;
-    if (!prepared) { /* not a weight */
-        ac_gemm_of(p, &g);
-        return ac_cuda_gemm_plain(lane, &g);
-    }
-    ac_conv_gemm(p, prepared, &g);
-    if (((uintptr_t)g.x[0].data | (uintptr_t)g.weight) % 16 != 0) {
+    if (!ac_conv_gemm_at_launch(p, prepared, &g) ||
+        ((uintptr_t)g.x[0].data | (uintptr_t)g.weight) % 16 != 0) {
         return ac_cuda_gemm_plain(lane, &g);
     }
     return g.out.dtype == AC_F16 ? launch_dtype<__half>(lane, g)

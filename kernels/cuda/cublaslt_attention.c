@@ -13,25 +13,15 @@
 #define GAIN 1024.0f
 
 static bool
-fits(const ac_attention_operand *o, ac_dtype dtype)
-{
-    int64_t unit = 16 / (int64_t)ac_dtype_size(dtype);
-    return o->dtype == dtype && o->c == 1 && o->t % unit == 0 && o->n % unit == 0;
-}
-
-static bool
 supports(const ac_problem *p, const ac_caps *caps)
 {
     ac_attention_job j;
     if (!ac_attention_job_of(p, &j) || ac_operand(p, AC_ATTN_MASK) || j.causal) {
         return false;
     }
-    int64_t unit = 16 / (int64_t)ac_dtype_size(j.q.dtype);
     bool here = j.q.dtype == AC_F32 || caps->isa >= (j.q.dtype == AC_F16 ? 75 : 80);
-    return here && fits(&j.q, j.q.dtype) && fits(&j.k, j.q.dtype) && fits(&j.v, j.q.dtype) &&
-           fits(&j.out, j.q.dtype) && j.d % unit == 0 &&
-           (j.q.dtype == AC_F32 || j.tk % unit == 0) && j.tk > 0 && j.tq > 0 &&
-           j.tk <= AC_SOFTMAX_COLUMNS && ac_blas_found();
+    return here && ac_attention_in_vectors(&j) && (j.q.dtype == AC_F32 || j.tk % 8 == 0) &&
+           j.tk > 0 && j.tq > 0 && j.tk <= AC_SOFTMAX_COLUMNS && ac_blas_found();
 }
 
 /* A row of scores begins at a multiple of 16 bytes. */

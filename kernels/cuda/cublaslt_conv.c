@@ -17,7 +17,6 @@ is_rows_already(const ac_blas_conv *c)
            c->pad_left == 0 && c->out_height == c->height && c->out_width == c->width;
 }
 
-/* Even parts, in units that tiles divide. */
 static int64_t
 rows_at_once(const ac_blas_conv *c)
 {
@@ -25,9 +24,7 @@ rows_at_once(const ac_blas_conv *c)
     int64_t bytes = row_of(c) * (int64_t)ac_dtype_size(c->dtype);
     int64_t most = is_rows_already(c) ? INT32_MAX / AC_MAX(c->c_in, c->c_out)
                                       : (int64_t)GATHERED_BYTES / bytes;
-    most = AC_MAX(most / 128 * 128, 128);
-    int64_t parts = (all + most - 1) / most;
-    return AC_MIN((((all + parts - 1) / parts) + 127) / 128 * 128, all);
+    return AC_MIN(ac_blas_even_rows(all, most, 1), all);
 }
 
 bool
@@ -46,12 +43,6 @@ ac_blas_conv_scratch(const ac_blas_conv *c)
     return AC_BLAS_WORKSPACE + (is_rows_already(c) ? 0 : ac_align_up(gathered, 256));
 }
 
-static const void *
-at(const void *base, int64_t elements, ac_dtype dtype)
-{
-    return base ? (const char *)base + (size_t)elements * ac_dtype_size(dtype) : NULL;
-}
-
 static ac_status
 run_rows(ac_blas_call *call, const ac_blas_conv *c, int64_t first, int64_t count)
 {
@@ -61,14 +52,14 @@ run_rows(ac_blas_call *call, const ac_blas_conv *c, int64_t first, int64_t count
                        .out_dtype = c->dtype, .bias = c->bias != NULL,
                        .residual = c->residual != NULL, .tf32 = c->tf32};
     if (is_rows_already(c)) {
-        call->x = at(c->x, first * c->c_in, c->dtype);
+        call->x = ac_cuda_at(c->x, first * c->c_in, c->dtype);
     } else {
         char *gathered = (char *)call->workspace + AC_BLAS_WORKSPACE;
         AC_TRY(ac_cuda_gather(call->lane, c, first, count, gathered));
         call->x = gathered;
     }
-    call->out = (void *)at(c->out, first * c->c_out, c->dtype);
-    call->residual = at(c->residual, first * c->c_out, c->dtype);
+    call->out = (void *)ac_cuda_at(c->out, first * c->c_out, c->dtype);
+    call->residual = ac_cuda_at(c->residual, first * c->c_out, c->dtype);
     return ac_blas_multiply(call, &key);
 }
 

@@ -45,9 +45,7 @@ rows_at_once(const ac_gemm *g, const ac_blas_key *k, int32_t least_parts)
         int64_t row = g->gated ? 2 * k->n : k->k + g->channels[1];
         most = AC_MIN(most, (int64_t)(SCRATCH_BYTES / at(row, k->dtype)));
     }
-    most = AC_MAX(most / 128 * 128, 128);
-    int64_t parts = AC_MAX((k->m + most - 1) / most, least_parts);
-    return (((k->m + parts - 1) / parts) + 127) / 128 * 128; /* even parts */
+    return ac_blas_even_rows(k->m, most, least_parts);
 }
 
 static ac_status
@@ -139,17 +137,10 @@ static const char *const way_names[] = {"library", "own", "library in 2", "libra
                                         "library, joined"};
 
 static ac_status
-run_own(ac_lane *lane, const ac_gemm *g)
-{
-    bool mma = ac_gemm_mma_fits(g, g->x[0].dtype == AC_BF16 ? 80 : 75) && ac_gemm_mma_aligned(g);
-    return mma ? ac_cuda_gemm_mma(lane, g) : ac_cuda_gemm_plain(lane, g);
-}
-
-static ac_status
 run_layer(job *j, int32_t way)
 {
     if (way == OWN) {
-        return run_own(j->call.lane, &j->g);
+        return ac_cuda_gemm_own(j->call.lane, &j->g);
     }
     int64_t step = rows_at_once(&j->g, &j->key, way == HALVES ? 2 : way == QUARTERS ? 4 : 1);
     for (int64_t first = 0; first < j->key.m; first += step) {
@@ -332,7 +323,7 @@ launch(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared)
     ac_gemm_of(p, &j.g);
     key_of(&j.g, p->tf32, &j.key);
     if (!aligned(&j.g)) {
-        return run_own(lane, &j.g);
+        return ac_cuda_gemm_own(lane, &j.g);
     }
     AC_TRY(ac_cuda_libraries_enter(lane, &j.call.libraries, &previous));
     ac_status status = ac_blas_open(j.call.libraries);

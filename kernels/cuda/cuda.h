@@ -56,6 +56,13 @@ ac_status ac_cuda_launched(const ac_lane *lane, cudaError_t status, const char *
 ac_cuda_libraries **ac_cuda_libraries_slot(const ac_lane *lane);
 void ac_cuda_libraries_free(ac_cuda_libraries *libraries);
 
+/* So many elements further on; NULL stays NULL. */
+static inline const void *
+ac_cuda_at(const void *base, int64_t elements, int32_t dtype)
+{
+    return base ? (const char *)base + (size_t)elements * ac_dtype_size((ac_dtype)dtype) : NULL;
+}
+
 extern const ac_kernel *const ac_cuda_kernels[];
 
 /* The backend's `sampler`. */

@@ -63,12 +63,6 @@ run_own(ac_lane *lane, const void *context)
     return ac_cuda_flash(lane, context);
 }
 
-static bool
-fits(const ac_attention_operand *o, ac_dtype dtype)
-{
-    return o->dtype == dtype && o->c == 1 && o->t % 8 == 0 && o->n % 8 == 0;
-}
-
 /* How many images at a time: no offset reaches 2^31 elements. */
 static int64_t
 images_at_once(const ac_attention_job *j)
@@ -82,11 +76,10 @@ supports(const ac_problem *p, const ac_caps *caps)
 {
     ac_attention_job j;
     if (!ac_attention_job_of(p, &j) || caps->isa < 80 || j.mask || ac_operand(p, AC_ATTN_MASK) ||
-        j.causal || (j.q.dtype != AC_F16 && j.q.dtype != AC_BF16)) {
+        j.causal) {
         return false;
     }
-    return fits(&j.q, j.q.dtype) && fits(&j.k, j.q.dtype) && fits(&j.v, j.q.dtype) &&
-           fits(&j.out, j.q.dtype) && j.d % 8 == 0 && ac_attention_flash_fits(&j, caps->isa) &&
+    return ac_attention_flash_fits(&j, caps->isa) && /* another way that it is measured against */
            j.images > 0 && j.tq > 0 && j.tk > 0 && images_at_once(&j) > 0 &&
            CUDNN_VERSION >= 91300 && ac_dnn_found(13);
 }

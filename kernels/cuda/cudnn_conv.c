@@ -116,22 +116,10 @@ typedef struct job {
     void *scratch;
 } job;
 
-static bool
-mma_fits(const ac_gemm *g)
-{
-    return ac_gemm_mma_fits(g, g->x[0].dtype == AC_BF16 ? 80 : 75) && ac_gemm_mma_aligned(g);
-}
-
-static ac_status
-run_gemm(ac_lane *lane, const ac_gemm *g)
-{
-    return mma_fits(g) ? ac_cuda_gemm_mma(lane, g) : ac_cuda_gemm_plain(lane, g);
-}
-
 static ac_status
 run_own(ac_lane *lane, const void *context)
 {
-    return run_gemm(lane, &((const job *)context)->gemm);
+    return ac_cuda_gemm_own(lane, &((const job *)context)->gemm);
 }
 
 static ac_status
@@ -179,7 +167,7 @@ run_job(ac_lane *lane, job *j, bool has_gemm)
     ac_dnn_call call = {.lane = lane, .key = *key, .describe = describe, .workspace = j->scratch,
                         .workspace_bytes = WORKSPACE, .context = j, .id = {X, W, Y},
                         .n_operands = 3, .address = {r->x, r->weight, r->out}};
-    bool fast = has_gemm && mma_fits(&j->gemm), gathered = gathers(key);
+    bool fast = has_gemm && ac_gemm_is_fast(&j->gemm), gathered = gathers(key);
     if (fast) {
         call.own[call.n_own++] = (ac_dnn_own){"own", run_own};
     }
@@ -240,12 +228,6 @@ images_at_once(const int64_t *v)
     return most ? (v[IMAGES] + parts - 1) / parts : 0;
 }
 
-static const void *
-image_at(const void *base, int64_t elements, int32_t dtype)
-{
-    return base ? (const char *)base + (size_t)elements * ac_dtype_size((ac_dtype)dtype) : NULL;
-}
-
 static ac_status
 run_part(ac_lane *lane, const ac_dnn_key *key, const ac_gemm *all, int64_t first, int64_t count,
          void *scratch)
@@ -254,9 +236,9 @@ run_part(ac_lane *lane, const ac_dnn_key *key, const ac_gemm *all, int64_t first
     int64_t y = first * v[OUT_HEIGHT] * v[OUT_WIDTH] * v[C_OUT];
     job j = {.key = *key, .gemm = *all, .scratch = scratch};
     ac_gemm *g = &j.gemm;
-    g->x[0].data = image_at(g->x[0].data, first * v[HEIGHT] * v[WIDTH] * v[C_IN], key->dtype);
-    g->out.data = image_at(g->out.data, y, key->dtype);
-    g->residual.data = image_at(g->residual.data, y, key->dtype);
+    g->x[0].data = ac_cuda_at(g->x[0].data, first * v[HEIGHT] * v[WIDTH] * v[C_IN], key->dtype);
+    g->out.data = ac_cuda_at(g->out.data, y, key->dtype);
+    g->residual.data = ac_cuda_at(g->residual.data, y, key->dtype);
     g->rows = count * v[OUT_HEIGHT] * v[OUT_WIDTH];
     j.key.value[IMAGES] = count;
     j.rows = rows_of(&j.key);
@@ -276,6 +258,17 @@ whole(const ac_tensor *t, ac_dtype dtype)
     return !t || (t->dtype == dtype && ac_tensor_is_contiguous(t));
 }
 
+/* Of the result's dtype and without gaps, and not of nothing. */
+static bool
+operands_are_whole(const ac_problem *p)
+{
+    ac_dtype dtype = p->output.dtype;
+    return whole(&p->input[AC_CONV_X], dtype) && whole(&p->input[AC_CONV_W], dtype) &&
+           whole(ac_operand(p, AC_CONV_B), dtype) &&
+           whole(ac_operand(p, AC_CONV_RESIDUAL), dtype) && whole(&p->output, dtype) &&
+           ac_tensor_count(&p->output) > 0;
+}
+
 static bool
 supports(const ac_problem *p, const ac_caps *caps)
 {
@@ -283,12 +276,7 @@ supports(const ac_problem *p, const ac_caps *caps)
     ac_dnn_key key;
     ac_dtype dtype = p->output.dtype;
     if (ac_operand(p, AC_CONV_X2) || p->attr.conv2d.act != AC_ACT_NONE || !ac_gemm_of(p, &g) ||
-        caps->isa < (dtype == AC_BF16 ? 80 : 75)) {
-        return false;
-    }
-    if (!whole(&p->input[AC_CONV_X], dtype) || !whole(&p->output, dtype) ||
-        !whole(ac_operand(p, AC_CONV_RESIDUAL), dtype) || !whole(ac_operand(p, AC_CONV_B), dtype) ||
-        !whole(&p->input[AC_CONV_W], dtype) || ac_tensor_count(&p->output) < 1) {
+        caps->isa < (dtype == AC_BF16 ? 80 : 75) || !operands_are_whole(p)) {
         return false;
     }
     key_of(p, &key);
@@ -319,13 +307,11 @@ launch(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared)
 {
     ac_dnn_key key;
     ac_gemm g;
-    if (!prepared && ac_conv_prepared_bytes(p, NULL) > 0) { /* not a weight */
-        ac_gemm_of(p, &g);
+    if (!ac_conv_gemm_at_launch(p, prepared, &g)) {
         return ac_cuda_gemm_plain(lane, &g);
     }
-    ac_conv_gemm(p, prepared, &g);
     if (!aligned(&g)) {
-        return run_gemm(lane, &g);
+        return ac_cuda_gemm_own(lane, &g);
     }
     key_of(p, &key);
     int64_t step = images_at_once(key.value), images = key.value[IMAGES];
@@ -391,13 +377,8 @@ supports_phases(const ac_problem *p, const ac_caps *caps)
     ac_dnn_key key;
     ac_dtype dtype = p->output.dtype;
     if (ac_operand(p, AC_CONV_RESIDUAL) || p->attr.up_conv2d.act != AC_ACT_NONE ||
-        !ac_conv_gemm(p, NULL, &g) || ac_tensor_count(&p->output) < 1) {
+        !ac_conv_gemm(p, NULL, &g) || !operands_are_whole(p) || p->output.shape.dim[3] % 8 != 0) {
         return false; /* what fails here goes to gemm_mma.cu or gemm.cu */
-    }
-    if (!whole(&p->input[AC_CONV_X], dtype) || !whole(&p->output, dtype) ||
-        !whole(ac_operand(p, AC_CONV_B), dtype) || !whole(&p->input[AC_CONV_W], dtype) ||
-        p->output.shape.dim[3] % 8 != 0) {
-        return false;
     }
     phases_key(p, &key);
     bool fits = dtype == AC_F32 ? gathers(&key) : ac_gemm_mma_fits(&g, caps->isa);
@@ -425,7 +406,7 @@ run_phases(ac_lane *lane, const ac_dnn_key *key, const ac_gemm *g, int64_t first
     job j = {.key = *key, .scratch = scratch};
     j.key.value[IMAGES] = count;
     j.rows = rows_of(&j.key);
-    j.rows.x = image_at(g->x[0].data, first * v[HEIGHT] * v[WIDTH] * v[C_IN], key->dtype);
+    j.rows.x = ac_cuda_at(g->x[0].data, first * v[HEIGHT] * v[WIDTH] * v[C_IN], key->dtype);
     j.rows.weight = g->weight;
     j.rows.bias = v[HAS_BIAS] ? bias : NULL;
     j.rows.out = all;
@@ -433,7 +414,7 @@ run_phases(ac_lane *lane, const ac_dnn_key *key, const ac_gemm *g, int64_t first
     ac_interleave i = {.from = all, .dtype = (ac_dtype)key->dtype, .images = count,
                        .height = (int32_t)v[HEIGHT], .width = (int32_t)v[WIDTH],
                        .channels = channels,
-                       .to = (void *)image_at(g->out.data, first * 4 * v[HEIGHT] * v[WIDTH] *
+                       .to = (void *)ac_cuda_at(g->out.data, first * 4 * v[HEIGHT] * v[WIDTH] *
                                                                channels, key->dtype)};
     return ac_cuda_interleave(lane, &i);
 }
@@ -443,13 +424,11 @@ launch_phases(ac_lane *lane, const ac_problem *p, void *scratch, const void *pre
 {
     ac_dnn_key key;
     ac_gemm g;
-    if (!prepared) { /* not a weight */
-        ac_gemm_of(p, &g);
+    if (!ac_conv_gemm_at_launch(p, prepared, &g)) {
         return ac_cuda_gemm_plain(lane, &g);
     }
-    ac_conv_gemm(p, prepared, &g);
     if (!aligned(&g)) {
-        return run_gemm(lane, &g);
+        return ac_cuda_gemm_own(lane, &g);
     }
     phases_key(p, &key);
     int64_t step = phase_images(&key), images = key.value[IMAGES];
@@ -461,7 +440,7 @@ launch_phases(ac_lane *lane, const ac_problem *p, void *scratch, const void *pre
     for (int64_t first = 0; first < images && status == AC_OK; first += step) {
         status = run_phases(lane, &key, &g, first, AC_MIN(step, images - first), scratch);
     }
-    return status == AC_E_UNSUPPORTED ? run_gemm(lane, &g) : status;
+    return status == AC_E_UNSUPPORTED ? ac_cuda_gemm_own(lane, &g) : status;
 }
 
 const ac_kernel ac_cuda_up_conv2d_cudnn = {

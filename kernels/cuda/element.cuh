@@ -105,6 +105,15 @@ ac_act_apply(ac_act act, float x)
     }
 }
 
+/* 2^x in one instruction, to two ulps; 0 below 2^-126. */
+__device__ static inline float
+ac_exp2_fast(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 static inline bool
 ac_cuda_float(ac_dtype dtype)
 {

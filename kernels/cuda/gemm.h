@@ -58,9 +58,17 @@ bool ac_gemm_mma_fits(const ac_gemm *g, int32_t arch);
 bool ac_gemm_mma_aligned(const ac_gemm *g);
 ac_status ac_cuda_gemm_mma(ac_lane *lane, const ac_gemm *g);
 
+/* For who has no device at hand, bf16 only where it is sm_80: whether the second takes it, and the
+ * one of the two that does. */
+bool ac_gemm_is_fast(const ac_gemm *g);
+ac_status ac_cuda_gemm_own(ac_lane *lane, const ac_gemm *g);
+
 /* A convolution with weights as [c_out, kh, kw, c_in] (up_conv2d: four of them): the derived weight
  * that all but the plain kernels share; a 1x1 filter is that already, and takes 0 bytes. */
 bool ac_conv_gemm(const ac_problem *p, const void *prepared, ac_gemm *g);
+/* False: what should be a weight is none, so nothing was prepared, and ac_cuda_gemm_plain takes g.
+ */
+bool ac_conv_gemm_at_launch(const ac_problem *p, const void *prepared, ac_gemm *g);
 size_t ac_conv_prepared_bytes(const ac_problem *p, const ac_caps *caps);
 ac_status ac_conv_prepare(ac_lane *lane, const ac_problem *p, void *prepared);
 

@@ -350,3 +350,15 @@ ac_cuda_gemm_mma(ac_lane *lane, const ac_gemm *g)
     return g->x[0].dtype == AC_F16 ? launch_dtype<__half>(lane, g)
                                    : launch_dtype<__nv_bfloat16>(lane, g);
 }
+
+bool
+ac_gemm_is_fast(const ac_gemm *g)
+{
+    return ac_gemm_mma_fits(g, g->x[0].dtype == AC_BF16 ? 80 : 75) && ac_gemm_mma_aligned(g);
+}
+
+ac_status
+ac_cuda_gemm_own(ac_lane *lane, const ac_gemm *g)
+{
+    return ac_gemm_is_fast(g) ? ac_cuda_gemm_mma(lane, g) : ac_cuda_gemm_plain(lane, g);
+}

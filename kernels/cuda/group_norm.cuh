@@ -125,11 +125,9 @@ ac_gn_silu_fast(float (&z)[N], float scale)
 {
 #pragma unroll
     for (int e = 0; e < N; e += 2) {
-        float a, b, each;
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(a) : "f"(fminf(z[e], 57.0f)));
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(b) : "f"(fminf(z[e + 1], 57.0f)));
-        a += 1.0f;
-        b += 1.0f;
+        float each;
+        float a = ac_exp2_fast(fminf(z[e], 57.0f)) + 1.0f;
+        float b = ac_exp2_fast(fminf(z[e + 1], 57.0f)) + 1.0f;
         asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(each) : "f"(a * b));
         each *= scale;
         z[e] *= each * b;
