@@ -192,47 +192,65 @@ attention_cases(case_list *list)
     }
 }
 
+/* batch, height, width, channels, groups, channels of x2; plain, SiLU, shifted, and with gaps */
+static void
+group_norm_cases(case_list *list, const int32_t *s, int32_t exponent)
+{
+    int64_t c = s[3] + s[5];
+    for (int variant = 0; variant < 4; variant++) {
+        check_case *k = CASE(list, AC_OP_GROUP_NORM, AC_SHAPE(s[0], s[1], s[2], s[3]), AC_SHAPE(c),
+                             AC_SHAPE(c), s[5] ? AC_SHAPE(s[0], s[1], s[2], s[5]) : absent, absent);
+        k->attr.group_norm = (ac_group_norm_attr){
+            .groups = s[4], .eps = 1e-5f, .act = variant & 1 ? AC_ACT_SILU : AC_ACT_NONE,
+            .exponent = exponent};
+        if (variant >= 2) {
+            k->shape[AC_GN_SHIFT] = AC_SHAPE(variant == 2 ? 1 : s[0], c);
+        }
+        k->strided = variant == 3;
+    }
+}
+
+/* batch, height and width, channels, those of x2 */
+static check_case *
+real_group_norm(case_list *list, const int32_t *s)
+{
+    int64_t c = s[2] + s[3];
+    check_case *k = CASE(list, AC_OP_GROUP_NORM, AC_SHAPE(s[0], s[1], s[1], s[2]), AC_SHAPE(c),
+                         AC_SHAPE(c), s[3] ? AC_SHAPE(s[0], s[1], s[1], s[3]) : absent, absent);
+    k->attr.group_norm = (ac_group_norm_attr){.groups = 32, .eps = 1e-5f, .act = AC_ACT_SILU};
+    k->real = true;
+    return k;
+}
+
+static check_case *
+layer_norm_case(case_list *list, int64_t rows, int64_t columns)
+{
+    check_case *k = CASE(list, AC_OP_LAYER_NORM, AC_SHAPE(1, rows, columns), AC_SHAPE(columns),
+                         AC_SHAPE(columns));
+    k->attr.layer_norm.eps = 1e-5f;
+    return k;
+}
+
 static void
 norm_cases(case_list *list)
 {
-    /* batch, height, width, channels, groups, channels of x2 */
     static const int32_t small[][6] = {{1, 1, 1, 4, 2, 0},    {2, 5, 7, 32, 32, 0},
                                        {3, 6, 5, 40, 8, 8},   {1, 9, 9, 35, 5, 10},
                                        {2, 16, 16, 64, 32, 0}, {1, 33, 31, 24, 4, 24},
                                        {2, 4, 4, 17, 1, 0},   {1, 8, 8, 320, 32, 320}};
     for (size_t i = 0; i < AC_ARRAY_LEN(small); i++) {
-        const int32_t *s = small[i];
-        int64_t c = s[3] + s[5];
-        for (int variant = 0; variant < 4; variant++) {
-            check_case *k = CASE(list, AC_OP_GROUP_NORM, AC_SHAPE(s[0], s[1], s[2], s[3]),
-                                 AC_SHAPE(c), AC_SHAPE(c),
-                                 s[5] ? AC_SHAPE(s[0], s[1], s[2], s[5]) : absent, absent);
-            k->attr.group_norm = (ac_group_norm_attr){
-                .groups = s[4], .eps = 1e-5f, .act = variant & 1 ? AC_ACT_SILU : AC_ACT_NONE,
-                .exponent = i == 0 ? -5 : i == 1 ? 3 : 0};
-            if (variant >= 2) {
-                k->shape[AC_GN_SHIFT] = AC_SHAPE(variant == 2 ? 1 : s[0], c);
-            }
-            k->strided = variant == 3;
-        }
+        group_norm_cases(list, small[i], i == 0 ? -5 : i == 1 ? 3 : 0);
     }
     static const int32_t real[][4] = {{2, 64, 320, 0}, {2, 64, 320, 320}, {2, 32, 640, 0},
                                       {2, 16, 1280, 1280}, {1, 256, 256, 0}, {1, 256, 128, 0}};
     for (size_t i = 0; i < AC_ARRAY_LEN(real); i++) {
         const int32_t *s = real[i];
-        check_case *k = CASE(list, AC_OP_GROUP_NORM, AC_SHAPE(s[0], s[1], s[1], s[2]),
-                             AC_SHAPE(s[2] + s[3]), AC_SHAPE(s[2] + s[3]),
-                             s[3] ? AC_SHAPE(s[0], s[1], s[1], s[3]) : absent,
-                             AC_SHAPE(s[0], s[2] + s[3]));
-        k->attr.group_norm = (ac_group_norm_attr){.groups = 32, .eps = 1e-5f, .act = AC_ACT_SILU};
-        k->real = true;
+        real_group_norm(list, s)->shape[AC_GN_SHIFT] = AC_SHAPE(s[0], s[2] + s[3]);
     }
     static const int64_t layers[][2] = {{1, 1},  {3, 7},     {5, 33},    {16, 64},
                                         {9, 771}, {154, 768}, {8192, 320}, {512, 1280}};
     for (size_t i = 0; i < AC_ARRAY_LEN(layers); i++) {
-        check_case *k = CASE(list, AC_OP_LAYER_NORM, AC_SHAPE(1, layers[i][0], layers[i][1]),
-                             AC_SHAPE(layers[i][1]), AC_SHAPE(layers[i][1]));
-        k->attr.layer_norm.eps = 1e-5f;
+        check_case *k = layer_norm_case(list, layers[i][0], layers[i][1]);
         k->strided = i & 1;
         k->real = layers[i][0] > 1000;
     }

@@ -74,7 +74,6 @@ aligned_cases(case_list *list)
 static void
 vector_norm_cases(case_list *list)
 {
-    /* batch, height, width, channels, groups, channels of x2 */
     static const int32_t norm[][6] = {
         {1, 1, 1, 8, 1, 0},      {3, 1, 1, 320, 4, 0},   {2, 1, 3, 64, 8, 0},
         {2, 7, 9, 320, 32, 0},   {1, 17, 13, 96, 32, 0}, {1, 9, 9, 160, 32, 64},
@@ -82,30 +81,14 @@ vector_norm_cases(case_list *list)
         {2, 5, 5, 1280, 32, 1280}, {1, 3, 5, 80, 1, 0},   {1, 20, 61, 64, 8, 32},
         {1, 65, 67, 24, 2, 16},  {1, 2, 2, 4096, 2, 0},  {1, 4, 3, 1040, 130, 0}};
     for (size_t i = 0; i < AC_ARRAY_LEN(norm); i++) {
-        const int32_t *s = norm[i];
-        int64_t c = s[3] + s[5];
-        for (int variant = 0; variant < 4; variant++) {
-            check_case *k = CASE(list, AC_OP_GROUP_NORM, AC_SHAPE(s[0], s[1], s[2], s[3]),
-                                 AC_SHAPE(c), AC_SHAPE(c),
-                                 s[5] ? AC_SHAPE(s[0], s[1], s[2], s[5]) : absent, absent);
-            k->attr.group_norm = (ac_group_norm_attr){
-                .groups = s[4], .eps = 1e-5f, .act = variant & 1 ? AC_ACT_SILU : AC_ACT_NONE,
-                .exponent = i % 4 == 0 ? -3 : 0};
-            if (variant >= 2) {
-                k->shape[AC_GN_SHIFT] = AC_SHAPE(variant == 2 ? 1 : s[0], c);
-            }
-            k->strided = variant == 3;
-        }
+        group_norm_cases(list, norm[i], i % 4 == 0 ? -3 : 0);
     }
     static const int64_t layers[][2] = {{1, 8},    {5, 64},   {7, 128},  {33, 320}, {9, 336},
                                         {6, 768},  {17, 640}, {5, 1280}, {3, 1000}, {2, 2048},
                                         {2, 2560}, {2, 2600}};
     for (size_t i = 0; i < AC_ARRAY_LEN(layers); i++) {
         for (int variant = 0; variant < 2; variant++) {
-            check_case *k = CASE(list, AC_OP_LAYER_NORM, AC_SHAPE(1, layers[i][0], layers[i][1]),
-                                 AC_SHAPE(layers[i][1]), AC_SHAPE(layers[i][1]));
-            k->attr.layer_norm.eps = 1e-5f;
-            k->strided = variant;
+            layer_norm_case(list, layers[i][0], layers[i][1])->strided = variant;
         }
     }
 }
@@ -117,19 +100,11 @@ real_norm_cases(case_list *list)
                                       {2, 64, 640, 0},   {2, 64, 1280, 640}, {2, 32, 1280, 0},
                                       {2, 32, 1280, 1280}, {1, 128, 512, 0}, {1, 512, 256, 0}};
     for (size_t i = 0; i < AC_ARRAY_LEN(norm); i++) {
-        const int32_t *s = norm[i];
-        int64_t c = s[2] + s[3];
-        check_case *k = CASE(list, AC_OP_GROUP_NORM, AC_SHAPE(s[0], s[1], s[1], s[2]), AC_SHAPE(c),
-                             AC_SHAPE(c), s[3] ? AC_SHAPE(s[0], s[1], s[1], s[3]) : absent, absent);
-        k->attr.group_norm = (ac_group_norm_attr){.groups = 32, .eps = 1e-5f, .act = AC_ACT_SILU};
-        k->real = true;
+        real_group_norm(list, norm[i]);
     }
     static const int64_t layers[][2] = {{2048, 640}, {512, 1280}, {8192, 640}, {2048, 1280}};
     for (size_t i = 0; i < AC_ARRAY_LEN(layers); i++) {
-        check_case *k = CASE(list, AC_OP_LAYER_NORM, AC_SHAPE(1, layers[i][0], layers[i][1]),
-                             AC_SHAPE(layers[i][1]), AC_SHAPE(layers[i][1]));
-        k->attr.layer_norm.eps = 1e-5f;
-        k->real = true;
+        layer_norm_case(list, layers[i][0], layers[i][1])->real = true;
     }
 }
 

@@ -15,20 +15,13 @@ for folder in ("torchfree", "drop_in"):
 import diffusers  # noqa: E402
 import tiny  # noqa: E402
 from _gpu import error, free  # noqa: E402
-from dropin import draw, loop_ran, pipeline  # noqa: E402
+from dropin import draw, loop_ran, pipeline, use  # noqa: E402
 
 import accel  # noqa: E402
 
 DEVICE = "cuda"
 TOLERANCE = 1e-3  # of 1.0, float32: some steps on other convolution algorithms
-SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "dpm": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-}
+SCHEDULERS = ("ddim", "pndm", "euler", "ancestral", "dpm karras", "sde")
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +43,6 @@ def sd(folders):
 @pytest.fixture(scope="module")
 def xl(folders):
     return pair(folders["sdxl"])
-
-
-def use(pipes, monkeypatch, name):
-    cls, options = SCHEDULERS[name]
-    for pipe in pipes:
-        made = getattr(diffusers, cls).from_config(pipe.scheduler.config, **options)
-        monkeypatch.setattr(pipe, "scheduler", made)
 
 
 def difference(a, b):
@@ -148,7 +134,7 @@ def test_half_precision(folders, which, dtype):
 
 
 def test_callbacks(sd, monkeypatch):
-    use(sd, monkeypatch, "dpm")
+    use(sd, monkeypatch, "dpm karras")
     seen = []
 
     def change(pipe, i, t, kwargs):
