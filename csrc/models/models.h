@@ -7,7 +7,7 @@
  *   UNet2DConditionModel forward
  *     sample [b, c, h, w] io, step          timestep [timesteps] f32, schedule
  *     step [1] i32, step (only `loop`)      encoder_hidden_states [b, tokens, d] io, prompt
- *     text_embeds [b, d], time_ids [b, 6|5] io, prompt (only addition_embed_type "text_time")
+ *     text_embeds [b, d] io, time_ids [b, 6|5] f32, prompt (only addition_embed_type "text_time")
  *     encoder_attention_mask [b, tokens] f32, added to scores, prompt (only `masked`)
  *     -> sample [b, c_out, h, w] io
  *   AutoencoderKL encode: sample [b, 3, h, w] io -> moments [b, 2 c_latent, h/8, w/8] io

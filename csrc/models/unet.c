@@ -338,10 +338,11 @@ addition_embedding(builder *u, int64_t n)
         return AC_NONE;
     }
     int64_t text = width - ids * each;
-    ac_dtype io = u->args->io_dtype;
-    ac_val embeds = ac_input(g, "text_embeds", io, AC_SHAPE(b, text), AC_RATE_PROMPT);
-    ac_val t = ac_input(g, "time_ids", io, AC_SHAPE(b, ids), AC_RATE_PROMPT);
-    t = ac_cast(g, ac_reshape(g, t, AC_SHAPE(b * ids)), AC_F32);
+    ac_val embeds = ac_input(g, "text_embeds", u->args->io_dtype, AC_SHAPE(b, text),
+                             AC_RATE_PROMPT);
+    /* f32 whatever io is: the sinusoid is computed there, and f16 cannot hold every size. */
+    ac_val t = ac_input(g, "time_ids", AC_F32, AC_SHAPE(b, ids), AC_RATE_PROMPT);
+    t = ac_reshape(g, t, AC_SHAPE(b * ids));
     ac_name(g, "add_time_proj");
     t = ac_timestep(g, t, (ac_timestep_attr){.channels = c->addition_time_embed_dim,
                                              .flip_sin_to_cos = c->flip_sin_to_cos,

@@ -148,7 +148,7 @@ def _attach(module, passes_off):
     from .torch_calls import CALLS
     from .torch_upcast import hide
 
-    calls = CALLS[type(module).__name__]
+    calls = CALLS[type(module).__name__]()
     for method in calls.methods:
         if not hasattr(type(module), method):
             raise UnsupportedError(f"compile: this version's {type(module).__name__} has no "
@@ -218,9 +218,10 @@ def compile(x, *, passes_off=""):  # the name is the point
         diffusers pipeline
         With parameters of one dtype, float32, float16 or bfloat16, on the CPU or one NVIDIA GPU,
         in eval mode. The CPU computes in float32; a GPU in the parameters' dtype, in the current
-        stream, and nothing waits for it. In float32 on a GPU, PyTorch's switches for TF32 are
-        read at each call: `torch.backends.cuda.matmul` for linear layers and attention,
-        `torch.backends.cudnn` for convolutions.
+        stream, and nothing waits for it, but once for a text encoder's attention_mask that was not
+        given before. In float32 on a GPU, PyTorch's switches for TF32 are read at each call:
+        `torch.backends.cuda.matmul` for linear layers and attention, `torch.backends.cudnn` for
+        convolutions.
     passes_off : str
         Names of graph passes to leave out, for finding faults.
 

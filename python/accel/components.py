@@ -93,6 +93,13 @@ def _copy(x, dtype):
     return out
 
 
+def _in_float32(x):
+    """`x` in float32 and contiguous; a GPU's tensor of another dtype comes to host memory."""
+    if _place(x)[0] == _CUDA and array_dtype(x) != "float32":
+        x = to_numpy(x)
+    return dense(x, "float32")
+
+
 def to_numpy(x):
     """`x` as a NumPy array; bfloat16 becomes float32.  Waits for a tensor on a GPU."""
     if isinstance(x, np.ndarray):
@@ -358,7 +365,8 @@ class UNet(Component):
         sample : [b, c, h, w] float
         timestep : a number, or an array of 1 or b of them; one on a GPU is waited for
         encoder_hidden_states : [b, tokens, d] float
-        text_embeds : [b, d], time_ids : [b, 6 or 5], for SDXL
+        text_embeds : [b, d], time_ids : [b, 6 or 5], for SDXL; ids on a GPU that are not float32
+            are waited for
         encoder_attention_mask : [b, tokens] of 1 (see) and 0 (hide), optional
 
         Returns
@@ -379,7 +387,7 @@ class UNet(Component):
             inputs["text_embeds"] = dense(text_embeds, dtype)
         if time_ids is not None:
             args["time_ids"] = tensor_shape(time_ids, "time_ids", 2)[1]
-            inputs["time_ids"] = dense(time_ids, dtype)
+            inputs["time_ids"] = _in_float32(time_ids)
         if encoder_attention_mask is not None:
             args["masked"] = True
             seen = to_numpy(encoder_attention_mask).astype(np.float32)

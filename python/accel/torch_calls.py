@@ -1,8 +1,8 @@
 """What a call of a diffusers or transformers module asks for, and what it gives back.
 
-One class for each kind of module. `request` reads the arguments; anything the engine does not do
-raises Fallback. The returned Request says what to run and how to wrap the results, which are what
-the original returns: the same class, the same dtype, fresh tensors.
+One class for each kind of module, one object for each module. `request` reads the arguments;
+anything the engine does not do raises Fallback. The returned Request says what to run and how to
+wrap the results, which are what the original returns: the same class and dtype, fresh tensors.
 """
 
 import sys
@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .torch_watch import Fallback, check_tensor
+from .torch_watch import Fallback, Seen, check_tensor
 
+MASKS_KEPT = 8
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -22,7 +23,8 @@ class Request:
     args: dict                 # sizes; see _core.Model.run
     inputs: dict               # name -> tensor
     wrap: object               # callable({name: tensor}) -> what the caller gets
-    prompt: tuple = ()         # tensors that the prompt section depends on, () to run it always
+    prompt: tuple = ()         # the caller's tensors that the prompt section depends on, as they
+                               # came: copies are new ones each time; () to run it always
     dtypes: dict = field(default_factory=dict)
 
 
@@ -64,20 +66,24 @@ class UNetCalls:
                 "tokens": states.shape[1], "timesteps": len(times), "io_dtype": NAMES[dtype]}
         inputs = {"sample": sample, "timestep": times,
                   "encoder_hidden_states": states.contiguous()}
-        inputs |= self._added(a.get("added_cond_kwargs"), module, dtype, device, args)
+        added = self._added(a.get("added_cond_kwargs"), module, device)
+        prompt = [states, *added.values()]
+        if added:
+            args["time_ids"] = added["time_ids"].shape[1]
+            inputs["text_embeds"] = added["text_embeds"].to(dtype).contiguous()
+            inputs["time_ids"] = added["time_ids"].to(torch.float32).contiguous()
         mask = a.get("encoder_attention_mask")
         if mask is not None:
             args["masked"] = True
-            mask = check_tensor(mask, "encoder_attention_mask", 2, device)
+            prompt.append(check_tensor(mask, "encoder_attention_mask", 2, device))
             inputs["encoder_attention_mask"] = ((1 - mask.to(dtype)) * -10000.0).float()
-        prompt = tuple(t for n, t in inputs.items() if n not in ("sample", "timestep"))
         return_dict = a.get("return_dict", True)
         output = _output_class(module, "UNet2DConditionOutput")
 
         def wrap(out):
             return output(sample=out["sample"]) if return_dict else (out["sample"],)
 
-        return Request(args, inputs, wrap, prompt)
+        return Request(args, inputs, wrap, tuple(prompt))
 
     @staticmethod
     def _times(timestep, batch, device):
@@ -96,8 +102,9 @@ class UNetCalls:
         return times.to(device, non_blocking=True)
 
     @staticmethod
-    def _added(added, module, dtype, device, args):
-        """SDXL's size and pooled conditions; the model takes nothing else of the dict."""
+    def _added(added, module, device):
+        """SDXL's pooled and size conditions, of any dtypes, as diffusers takes them: sinusoids of
+        the sizes are computed in float32. The model takes nothing else of the dict."""
         if module.config.addition_embed_type is None:
             if added:
                 raise Fallback(f"added_cond_kwargs {sorted(added)}")
@@ -105,13 +112,7 @@ class UNetCalls:
         added = added or {}
         if set(added) != {"text_embeds", "time_ids"}:
             raise Fallback(f"added_cond_kwargs {sorted(added)}")
-        embeds = check_tensor(added["text_embeds"], "text_embeds", 2, device).to(dtype)
-        ids = check_tensor(added["time_ids"], "time_ids", 2, device)
-        cast = ids.to(dtype)
-        if cast is not ids and not torch.equal(cast.to(torch.float64), ids.to(torch.float64)):
-            raise Fallback(f"time_ids that {dtype} cannot hold")
-        args["time_ids"] = ids.shape[1]
-        return {"text_embeds": embeds.contiguous(), "time_ids": cast.contiguous()}
+        return {n: check_tensor(added[n], n, 2, device) for n in ("text_embeds", "time_ids")}
 
 
 class VAECalls:
@@ -157,6 +158,9 @@ class TextCalls:
 
     methods = ("forward",)
 
+    def __init__(self):
+        self.masks = Seen(MASKS_KEPT)  # mask -> what _look found
+
     def request(self, method, module, dtype, device, a, defaults):
         more = a.pop("kwargs", {})
         a = {**a, **more}
@@ -186,21 +190,30 @@ class TextCalls:
 
         return Request(args, inputs, wrap)
 
-    @staticmethod
-    def _mask(mask, ids):
+    def _mask(self, mask, ids):
         """Added to the scores; None where every token is seen."""
         if mask is None:
             return None
         mask = check_tensor(mask, "attention_mask", 2, ids.device)
         if mask.shape != ids.shape or mask.dtype.is_floating_point:
             raise Fallback(f"attention_mask is {mask.dtype} {list(mask.shape)}")
-        hidden = mask == 0
-        if hidden[:, 0].any():
+        first, some = self._look(mask)
+        if first:
             raise Fallback("attention_mask hides the first token")
-        if not hidden.any():
+        if not some:
             return None
         lowest = torch.finfo(torch.float32).min
-        return torch.zeros(mask.shape, device=mask.device).masked_fill_(hidden, lowest)
+        return torch.zeros(mask.shape, device=mask.device).masked_fill_(mask == 0, lowest)
+
+    def _look(self, mask):
+        """Whether a mask hides some text's first token, and whether it hides any at all. On a GPU
+        that waits, so each mask is looked at once."""
+        found = self.masks.get((mask,))
+        if found is None:
+            hidden = mask == 0
+            found = torch.stack((hidden[:, 0].any(), hidden.any())).tolist()
+            self.masks.add((mask,), found)
+        return found
 
     @staticmethod
     def _result(module, out):
@@ -215,9 +228,10 @@ class TextCalls:
             hidden_states=states)
 
 
+# One of these for each compiled module.
 CALLS = {
-    "UNet2DConditionModel": UNetCalls(),
-    "AutoencoderKL": VAECalls(),
-    "CLIPTextModel": TextCalls(),
-    "CLIPTextModelWithProjection": TextCalls(),
+    "UNet2DConditionModel": UNetCalls,
+    "AutoencoderKL": VAECalls,
+    "CLIPTextModel": TextCalls,
+    "CLIPTextModelWithProjection": TextCalls,
 }

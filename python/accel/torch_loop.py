@@ -230,9 +230,10 @@ class Loop:
                 max(float(pipe.guidance_rescale), 0.0) if guided else 0.0)
 
     def _conditions(self):
-        """Tensors for the engine: dense, float32 on the CPU, in the UNet's own dtype on a GPU."""
+        """Tensors for the engine: dense, float32 on the CPU, in the UNet's own dtype on a GPU;
+        sizes always in float32."""
         wanted = self.pipe.unet.dtype if self.latents.is_cuda else torch.float32
-        found = {n: t.detach().to(wanted).contiguous()
+        found = {n: t.detach().to(torch.float32 if n == "time_ids" else wanted).contiguous()
                  for n, t in self.task.conditions(self.values).items()}
         batch = len(self.latents) * (2 if self.guidance[0] > 1 else 1)
         for name, tensor in found.items():

@@ -59,11 +59,14 @@ class Native:
     """The engine's side of one module. All state changes under `lock`; runs do not hold it."""
 
     def __init__(self, module, calls, passes_off):
+        from .torch_watch import Seen
+
         self.module = weakref.ref(module)
         self.class_name = type(module).__name__
         self.calls = calls
         self.passes_off = passes_off
         self.lock = threading.RLock()
+        self.prompts = Seen(PROMPTS_KEPT)  # tensors of a prompt -> token
         _natives.add(self)
         self.native_runs = 0
         self.fallbacks = Counter()
@@ -92,7 +95,7 @@ class Native:
         self.raw = None        # Weights over the copied parameters' memory, on the CPU
         self.laid_out = False
         self.shares = False    # the engine's memory is PyTorch's
-        self.prompts = []      # newest last: (tensors, token)
+        self.prompts.clear()
         self.unwatched = None  # see _prompt_weights
         self.prompt_checksum = None
         self.io = {}           # args -> outputs
@@ -116,7 +119,9 @@ class Native:
     @property
     def by_value(self):
         """Whether changes in place are found by comparing values; else by versions and verbs."""
-        return self.watch.device.type == "cpu"
+        from .torch_watch import by_value
+
+        return by_value(self.watch.device)
 
     @property
     def compute(self):
@@ -360,39 +365,14 @@ class Native:
     # ---- the prompt section ----------------------------------------------------------------------
 
     def _token(self, tensors):
-        """A number that is equal only for equal prompts and unchanged weights; 0: do not reuse.
-
-        Compares values on the CPU: exact for inference tensors and reused memory too, and next to
-        nothing beside a run. On a GPU the same objects with the same versions.
-        """
-        import torch
-
+        """A number that is equal only for equal prompts and unchanged weights; 0: no prompt."""
         if not tensors:
             return 0
-        if not self.by_value:
-            return self._token_of_objects(tensors)
         self._prompt_weights_changed()
-        for kept, token in self.prompts:
-            if len(kept) == len(tensors) and all(
-                    a.dtype == b.dtype and torch.equal(a, b)
-                    for a, b in zip(kept, tensors, strict=True)):
-                return token
-        token = next(_tokens)
-        self.prompts.append((tuple(t.detach().clone() for t in tensors), token))
-        del self.prompts[:-PROMPTS_KEPT]
-        return token
-
-    def _token_of_objects(self, tensors):
-        if any(t.is_inference() for t in tensors):
-            return 0
-        versions = [t._version for t in tensors]
-        for kept, old, token in self.prompts:
-            if old == versions and len(kept) == len(tensors) and all(
-                    a is b for a, b in zip(kept, tensors, strict=True)):
-                return token
-        token = next(_tokens)
-        self.prompts.append((tensors, versions, token))
-        del self.prompts[:-PROMPTS_KEPT]
+        token = self.prompts.get(tensors)
+        if token is None:
+            token = next(_tokens)
+            self.prompts.add(tensors, token)
         return token
 
     def _prompt_weights_changed(self):

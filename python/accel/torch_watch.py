@@ -14,6 +14,7 @@ padding, FreeU, hooks, replaced forwards) is a reason to run the module itself.
 import inspect
 import operator
 import types
+import weakref
 
 import torch
 from torch.nn.modules import module as torch_module
@@ -271,6 +272,66 @@ def _check_known(name, module):
     if _package(cls) == "peft" or "lora" in name.lower():
         raise Fallback(f"adapter layers ({cls.__module__}.{cls.__name__} at {name})")
     raise Fallback(f"{name} ({cls.__name__}) is not in what the config builds")
+
+
+# ---- what the caller's tensors hold --------------------------------------------------------------
+
+
+def by_value(device):
+    """Whether tensors there are told apart by their values; reading a GPU's would wait for it."""
+    return device.type == "cpu"
+
+
+class Seen:
+    """What was found out about tensors, for as long as they come back unchanged.
+
+    On the CPU the values are compared: exact for inference tensors and reused memory too, and next
+    to nothing beside a run. On a GPU the same objects with the same versions; inference tensors
+    have none, so that nothing is known of them.
+    """
+
+    def __init__(self, most):
+        self.most = most
+        self.entries = []  # newest last: (callable(tensors) -> are they these, what was found)
+
+    def get(self, tensors):
+        """What add() was given with these tensors; None: they are others, or changed since."""
+        return next((found for same, found in self.entries if same(tensors)), None)
+
+    def add(self, tensors, found):
+        if by_value(tensors[0].device):
+            same = _same_values(tensors)
+        elif any(t.is_inference() for t in tensors):
+            return
+        else:
+            same = _same_objects(tensors)
+        self.entries.append((same, found))
+        del self.entries[:-self.most]
+
+    def clear(self):
+        self.entries.clear()
+
+
+def _same_values(tensors):
+    kept = [t.detach().clone() for t in tensors]
+
+    def same(others):
+        return len(kept) == len(others) and all(
+            a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+            for a, b in zip(kept, others, strict=True))
+
+    return same
+
+
+def _same_objects(tensors):
+    kept = [(weakref.ref(t), t._version, t.data_ptr()) for t in tensors]
+
+    def same(others):
+        return len(kept) == len(others) and all(
+            t is ref() and t._version == version and t.data_ptr() == at
+            for t, (ref, version, at) in zip(others, kept, strict=True))
+
+    return same
 
 
 # ---- the state of PyTorch ------------------------------------------------------------------------

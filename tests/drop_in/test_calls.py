@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from dropin import call, close, inputs, module, ran
+from dropin import SIZES, call, close, inputs, module, ran
 
 import accel
 
@@ -210,6 +210,146 @@ def test_the_prompt_section_is_reused(monkeypatch):
     fast(*args)
     assert tokens[0] == tokens[1] == tokens[2] == tokens[4] != tokens[3]
     assert 0 not in tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("given", [torch.float32, torch.float64, torch.int64, torch.float16])
+def test_sizes_of_any_dtype(dtype, given):
+    """Sinusoids of SDXL's sizes are computed from what was given, in float32, whatever the
+    module's dtype: not from sizes rounded to that."""
+    kind = ("unet", "sdxl")
+    truth = module(*kind, dtype).float()
+    eager, fast = pair(kind, dtype)
+    args, named = inputs(*kind, dtype=dtype)
+    added = named["added_cond_kwargs"]
+    added["time_ids"] = torch.tensor(SIZES).to(given)
+    with ran(fast, 1):
+        ours = fast(*args, **named).sample
+    theirs, exact = eager(*args, **named).sample, truth(*widen(args), **widen(named)).sample
+    if dtype == torch.float32:
+        assert close(ours, theirs)
+        return
+    mine, other = (float((x.float() - exact).square().mean().sqrt()) for x in (ours, theirs))
+    assert 0 < mine <= 1.1 * other
+    rounded = added | {"time_ids": torch.tensor(SIZES).to(given).to(dtype)}
+    if not torch.equal(rounded["time_ids"].double(), added["time_ids"].double()):
+        wrong = truth(*widen(args), added_cond_kwargs=widen(rounded)).sample
+        assert float((wrong - exact).square().mean().sqrt()) > 5 * mine
+
+
+# ---- nothing waits -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """What asked for a tensor's values since the last clear(), in modules that look at them as
+    they do on a GPU, where that waits."""
+    from accel import torch_watch
+
+    monkeypatch.setattr(torch_watch, "by_value", lambda device: False)
+    found = []
+
+    def count(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            found.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for name in ("__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__",
+                 "item", "tolist", "numpy", "cpu", "nonzero"):
+        count(torch.Tensor, name)
+    for name in ("equal", "allclose", "nonzero"):
+        count(torch, name)
+    return found
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("given", [torch.float16, torch.float32, torch.int64])
+def test_no_value_of_a_unets_conditions_is_read(reads, given, masked):
+    """And the prompt section is reused for the same objects, whatever their dtypes."""
+    fast = accel.compile(module("unet", "sdxl", torch.float16))
+    args, named = inputs("unet", "sdxl", dtype=torch.float16)
+    added = named["added_cond_kwargs"]
+    added["time_ids"] = torch.tensor(SIZES).to(given)
+    added["text_embeds"] = added["text_embeds"].float()
+    if masked:
+        named["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 0, 0]] * 2)
+    native, tokens = fast._accel, []
+    token = native._token
+    native._token = lambda t: tokens.append(token(t)) or tokens[-1]
+    with ran(fast, 5):
+        first = fast(*args, **named).sample
+        again = [fast(*args, **named).sample for _ in range(2)]
+        added["time_ids"].add_(100)
+        after = fast(*args, **named).sample
+        states = args[2]
+        states.data = states * 2  # moves no version counter
+        last = fast(*args, **named).sample
+    assert reads == []
+    assert tokens[0] == tokens[1] == tokens[2] and len(set(tokens[2:])) == 3 and 0 not in tokens
+    assert all(torch.equal(x, first) for x in again)
+    assert not close(after, first, 1e-2) and not close(last, after, 1e-2)
+
+
+@pytest.mark.parametrize("kind", [("text_encoder", "sd"), ("text_encoder_2", "sdxl")])
+def test_a_mask_is_read_once(kind, reads):
+    eager, fast = pair(kind)
+    (ids,), _ = inputs(kind[0])
+    masks = [torch.tensor([[1] * n + [0] * (9 - n)] * 2) for n in (7, 9, 4)]
+
+    def results(mask, count=3):
+        reads.clear()
+        with ran(fast, count):
+            found = [fast(ids, mask).last_hidden_state for _ in range(count)]
+        mine = reads.copy()
+        expected = eager(ids, mask).last_hidden_state
+        assert all(close(x, expected) for x in found)
+        return mine, found[0]
+
+    firsts = [results(mask) for mask in masks]
+    assert all(len(read) == 1 for read, _ in firsts)
+    assert all(results(mask)[0] == [] for mask in masks)
+    masks[0][:, 3:] = 0  # in place
+    read, found = results(masks[0])
+    assert len(read) == 1 and not close(found, firsts[0][1], 1e-2)
+    masks[2].data = torch.ones_like(masks[2])  # moves no version counter
+    read, found = results(masks[2])
+    assert len(read) == 1 and not close(found, firsts[2][1], 1e-2)
+    hiding = torch.tensor([[1] * 9, [0] + [1] * 8])
+    with ran(fast, 0, 2, "hides the first token"):
+        assert close(fast(ids, hiding).last_hidden_state, eager(ids, hiding).last_hidden_state)
+        found = fast._accel.calls.masks.get((hiding,))
+        fast(ids, hiding)
+    assert found == [True, True]
+    with torch.inference_mode():
+        mask = masks[0].clone()
+        assert len(results(mask)[0]) == 3  # has no version: looked at each time
+
+
+def test_what_was_seen_on_the_cpu_is_not_asked_of_another_device():
+    """A text encoder keeps what it knows of masks when it moves."""
+    from accel.torch_watch import Seen
+
+    seen, here, there = Seen(2), torch.ones(2, 3), torch.ones(2, 3, device="meta")
+    seen.add((here,), "here")
+    assert seen.get((there,)) is None and seen.get((torch.ones(2, 3),)) == "here"
+    assert seen.get((here, here)) is None and seen.get((here.int(),)) is None
+    seen.add((there,), "there")
+    assert seen.get((there,)) == "there" and seen.get((torch.ones_like(there),)) is None
+
+
+def test_masks_that_are_gone_are_not_taken_for_others(reads):
+    """A new tensor may get the identity and the memory of one that was freed."""
+    eager, fast = pair(("text_encoder", "sd"))
+    (ids,), _ = inputs("text_encoder")
+    with ran(fast, 12):
+        for n in (9, 7, 4) * 4:
+            mask = torch.tensor([[1] * n + [0] * (9 - n)] * 2)
+            assert close(fast(ids, mask).last_hidden_state, eager(ids, mask).last_hidden_state)
+            del mask
 
 
 # ---- VAE -----------------------------------------------------------------------------------------

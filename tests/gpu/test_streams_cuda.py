@@ -1,6 +1,7 @@
 """A compiled module between the streams of its caller: CUDA graphs that the caller records himself,
-and a second stream that comes right after the first call of all."""
+a second stream that comes right after the first call of all, and calls that wait for no stream."""
 
+import contextlib
 import pathlib
 import sys
 import threading
@@ -13,7 +14,7 @@ for folder in ("torchfree", "drop_in"):
     sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / folder))
 
 from _gpu import error  # noqa: E402
-from dropin import inputs, module, ran  # noqa: E402
+from dropin import SIZES, inputs, module, ran  # noqa: E402
 
 import accel  # noqa: E402
 
@@ -116,3 +117,86 @@ def test_the_second_stream_of_all():
         torch.cuda.synchronize()
         assert not wrong, wrong
         assert len(found) == 2 and all(near(f, expected) for f in found)
+
+
+# ---- nothing waits -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def watched():
+    """PyTorch raises where it waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def without_waiting(run, count=3):
+    """The results of some calls; they return while the GPU is still at what came before them."""
+    torch.cuda.synchronize()
+    slept = torch.cuda.Event()
+    with watched():
+        torch.cuda._sleep(SLEEP)
+        slept.record()
+        found = [run() for _ in range(count)]
+        early = not slept.query()
+    torch.cuda.synchronize()
+    assert early
+    return found
+
+
+def test_sizes_of_another_dtype_make_nobody_wait():
+    """SDXL's float32 time_ids for a float16 UNet: a loop's calls with the same objects, and calls
+    with new ones; the sinusoids are those of the sizes as given."""
+    half = torch.float16
+    plain = module("unet", "sdxl", half).cuda()
+    fast = accel.compile(module("unet", "sdxl", half).cuda())
+    (sample, t, states), named = inputs("unet", "sdxl", half, size=16)
+    pooled = named["added_cond_kwargs"]["text_embeds"].cuda()
+    sample, states = sample.cuda(), states.cuda()
+    ids = torch.tensor(SIZES, device="cuda")
+    others = [ids + 8 * i for i in range(3)]
+
+    def run(m, ids):
+        added = {"text_embeds": pooled, "time_ids": ids}
+        return m(sample, t, states, added_cond_kwargs=added).sample
+
+    with ran(fast, native=9):
+        for _ in range(3):
+            first = run(fast, ids)
+        same = without_waiting(lambda: run(fast, ids))
+        left = iter(others)
+        new = without_waiting(lambda: run(fast, next(left)))
+    assert all(torch.equal(x, first) for x in same) and torch.equal(new[0], first)
+    for x, given in zip(new, others, strict=True):
+        assert near(x, run(plain, given), 0.01)
+    assert not near(first, run(plain, ids.to(half)), 0.01)
+
+
+def test_a_mask_makes_nobody_wait_twice():
+    plain, fast = (module("text_encoder").cuda() for _ in range(2))
+    accel.compile(fast)
+    ids = inputs("text_encoder")[0][0].cuda()
+    hiding, whole, fresh = (torch.tensor([[1] * n + [0] * (9 - n)] * 2, device="cuda")
+                            for n in (4, 9, 7))
+
+    def run(m, mask):
+        return m(ids, mask).last_hidden_state
+
+    found = {}
+    with ran(fast, native=15):
+        for mask in (hiding, whole):
+            for _ in range(3):
+                run(fast, mask)
+            found[mask] = without_waiting(lambda mask=mask: run(fast, mask))
+        hiding[:, 3:] = 0
+        found[hiding] += [run(fast, hiding)]
+        found[hiding] += without_waiting(lambda: run(fast, hiding), 2)
+    with pytest.raises(RuntimeError, match="synchroni"), watched():  # a new one is read: it works
+        run(fast, fresh)
+    after = run(plain, hiding)
+    assert all(near(x, after) for x in found[hiding][3:])
+    assert not any(near(x, after, 0.01) for x in found[hiding][:3])
+    hiding[:, 3] = 1
+    assert all(near(x, run(plain, mask)) for mask in (hiding, whole) for x in found[mask][:3])

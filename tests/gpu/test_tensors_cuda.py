@@ -83,6 +83,22 @@ def test_times_and_masks_on_the_gpu(nets):
             assert is_here(found) and near(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_sizes_on_the_gpu(dtype):
+    """SDXL's time_ids, of any dtype and on either side."""
+    part = tiny.PARTS["sdxl"]["unet"]
+    cpu, gpu = (accel.UNet(part["config"], tiny.weights(part["shapes"]), device=device)
+                for device in ("cpu", "cuda"))
+    sample, states, pooled = randn(2, 4, 8, 8), randn(2, 5, 48), randn(2, 24)
+    ids = torch.tensor([[1024, 1536, 0.75, 17, 4099, 2049]] * 2).to(dtype)
+    expected = cpu(sample, 500, states, text_embeds=pooled, time_ids=ids.float())
+    for given in (ids.cuda(), ids.double().cuda(), ids, ids.float().numpy()):
+        found = gpu(sample.cuda(), 500, states.cuda(), text_embeds=pooled.cuda(), time_ids=given)
+        assert is_here(found) and near(found, expected)
+    wrong = gpu(sample.cuda(), 500, states.cuda(), text_embeds=pooled, time_ids=ids.cuda() - 0.5)
+    assert not near(wrong, expected, 10 * TOLERANCE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(nets, folder, dtype):
     name = str(dtype).removeprefix("torch.")

@@ -113,6 +113,28 @@ def test_mask(unet):
     assert np.abs(unet(sample, 10, states, encoder_attention_mask=mask) - cut).max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sizes_in_half_precision(dtype):
+    """SDXL's time_ids count as they are given, whatever the dtype of sample and results."""
+    unet = make(accel.UNet, tiny.PARTS["sdxl"]["unet"], dtype=dtype)
+    rng = np.random.default_rng(0)
+    sample, states, pooled = (rng.normal(size=shape).astype(np.float16) for shape in (
+        (2, 4, 8, 8), (2, 5, 48), (2, 24)))
+    ids = np.array([[1024, 1536, 0, 17, 4099, 2049]] * 2)
+
+    def run(ids):
+        if dtype == "bfloat16":
+            return np.asarray(unet(sample.astype(np.float32), 10, states, text_embeds=pooled,
+                                   time_ids=ids))
+        return unet(sample, 10, states, text_embeds=pooled, time_ids=ids)
+
+    exact = run(ids.astype(np.float32))
+    for given in (ids.astype(np.float64), ids, ids.astype(np.int32)):
+        assert np.array_equal(run(given), exact)
+    assert np.array_equal(run(ids.astype(np.float16)), run(ids.astype(np.float16).astype(float)))
+    assert not np.array_equal(run(ids.astype(np.float16)), exact)
+
+
 def test_text(sd_folder):
     encoder = accel.TextEncoder.from_pretrained(sd_folder)
     ids = np.array([[598, 5, 6, 599], [598, 7, 599, 599]])
