@@ -3,7 +3,9 @@
  * The UNet's exec runs its prompt and schedule sections with the first row and only the step
  * section after that.  Around the step section the backend's sampler scales the latents and applies
  * the row that the device's step counter names: nothing in it changes from row to row, so that one
- * recording serves them all.
+ * recording serves them all.  A backend may have the row's tail, the last convolution, the row and
+ * the next row's input, in one launch: then latents are scaled outside of rows only where they come
+ * from outside.
  *
  * On the CPU all memory is the host's, and the loop works in the caller's latents and registers.
  * On a device it has its own, at addresses that stay with the exec: a recording lasts from call to
@@ -30,6 +32,7 @@ typedef struct loop {
     ac_dtype io;          /* of the UNet's inputs */
     int32_t n_noise;      /* noises that the job holds: 1, or one for each row that draws */
     ac_sampler_job job;   /* addresses on the device */
+    bool tail;            /* rows end with the backend's tail */
     float *timesteps;     /* [rows], on the device */
     char *head;           /* host copy of the state, the rows and the timesteps, head_bytes */
     size_t head_bytes;
@@ -68,6 +71,7 @@ check(const ac_denoise_args *a)
 /* Offsets of what the loop keeps on the device; the head is uploaded in one piece. */
 typedef struct layout {
     size_t state, rows, timesteps, head, sample, output, work, limits, latents, noise, registers;
+    size_t tickets;
     size_t total;
     bool failed;
 } layout;
@@ -125,6 +129,7 @@ lay_out(const loop *l)
     m.noise = place(&m, host ? 0 : (size_t)l->n_noise * all, sizeof(float));
     m.latents = place(&m, host ? 0 : all, sizeof(float));
     m.registers = place(&m, host && l->a->registers ? 0 : AC_SCHED_REGISTERS * all, sizeof(float));
+    m.tickets = place(&m, l->tail ? AC_SAMPLER_TICKETS(&l->job) : 0, sizeof(uint32_t));
     return m;
 }
 
@@ -144,6 +149,7 @@ set_addresses(loop *l, const layout *m, char *base)
     job->limits = job->thresholds ? (double *)(base + m->limits) : NULL;
     job->noise = l->n_noise ? (const float *)(base + m->noise) : NULL;
     job->latents = host ? l->latents : (float *)(base + m->latents);
+    job->tickets = l->tail ? (uint32_t *)(base + m->tickets) : NULL;
     for (size_t i = 0; i < AC_SCHED_REGISTERS; i++) {
         float *own = (float *)(base + m->registers);
         job->registers[i] = (host && a->registers ? a->registers : own) + i * all;
@@ -191,6 +197,14 @@ fill_head(loop *l, const layout *m)
     return AC_OK;
 }
 
+static bool
+has_tail(const loop *l)
+{
+    const ac_caps *caps = &ac_model_device(l->a->unet)->caps;
+    const ac_problem *conv = ac_exec_tail(l->exec);
+    return conv && l->backend->tail_fits && l->backend->tail_fits(caps, conv, &l->job);
+}
+
 static ac_status
 allocate(loop *l)
 {
@@ -198,10 +212,12 @@ allocate(loop *l)
     void *base;
     l->job.images = a->images;
     l->job.per_image = l->per_image;
+    l->job.n_rows = a->schedule->n_rows;
     l->job.guided = l->batch > a->images;
     l->job.rescales = l->job.guided && a->guidance_rescale > 0.0;
     l->job.thresholds = any_row(l, has_threshold);
     l->job.io = l->io;
+    l->tail = has_tail(l);
     count_noises(l);
     layout m = lay_out(l);
     if (m.failed) {
@@ -288,6 +304,22 @@ copy_out(const loop *l, ac_device_lane *lane, void *to, const void *from, size_t
 }
 
 static ac_status
+before_step(void *arg, ac_device_lane *lane)
+{
+    loop *l = arg;
+    return l->backend->sampler(l->self, lane->lane, &l->job, AC_SAMPLER_SCALE);
+}
+
+/* The next row's input is made of them here, if rows do not begin with that. */
+static ac_status
+latents_in(void *arg, ac_device_lane *lane)
+{
+    loop *l = arg;
+    AC_TRY(copy_in(l, lane, l->job.latents, l->latents, l->all));
+    return l->tail && l->step < l->job.n_rows ? before_step(l, lane) : AC_OK;
+}
+
+static ac_status
 start_device(void *arg, ac_device_lane *lane)
 {
     loop *l = arg;
@@ -303,14 +335,7 @@ start_device(void *arg, ac_device_lane *lane)
     if (a->registers) {
         AC_TRY(copy_in(l, lane, l->job.registers[0], a->registers, AC_SCHED_REGISTERS * l->all));
     }
-    return copy_in(l, lane, l->job.latents, l->latents, l->all);
-}
-
-static ac_status
-latents_in(void *arg, ac_device_lane *lane)
-{
-    const loop *l = arg;
-    return copy_in(l, lane, l->job.latents, l->latents, l->all);
+    return latents_in(l, lane);
 }
 
 /* Whether the host waits where the latents come out. */
@@ -421,10 +446,10 @@ draw_back(loop *l)
 /* ---- rows ------------------------------------------------------------------------------------ */
 
 static ac_status
-before_step(void *arg, ac_device_lane *lane)
+tail_of_step(void *arg, ac_device_lane *lane, const ac_problem *conv, const void *prepared)
 {
     loop *l = arg;
-    return l->backend->sampler(l->self, lane->lane, &l->job, AC_SAMPLER_SCALE);
+    return l->backend->tail(l->self, lane->lane, conv, prepared, &l->job);
 }
 
 static ac_status
@@ -450,7 +475,8 @@ run_row(loop *l)
         AC_TRY(visit(l, noise_in));
     }
     ac_run run = {.from = row == 0 ? AC_RATE_PROMPT : AC_RATE_STEP, .stream = a->stream,
-                  .queue = true, .fixed = true, .before = before_step, .after = after_step,
+                  .queue = true, .fixed = true, .before = l->tail ? NULL : before_step,
+                  .after = l->tail ? NULL : after_step, .tail = l->tail ? tail_of_step : NULL,
                   .arg = l, .done = l->events[row % (AHEAD + 1)],
                   .key = l->backend->host_memory
                              ? 0 : ac_hash(&l->job, sizeof l->job, AC_HASH_SEED)};
@@ -500,7 +526,6 @@ static ac_status
 run_rows(loop *l)
 {
     const ac_denoise_args *a = l->a;
-    l->step = a->first_row;
     while (l->step < a->schedule->n_rows) {
         if (a->cancel && atomic_load(a->cancel)) {
             return ac_error(AC_E_CANCELLED, "cancelled before step %d of %d", l->step,
@@ -522,6 +547,7 @@ run_loop(loop *l)
     AC_TRY(allocate(l));
     AC_TRY(bind(l));
     AC_TRY(draw_ahead(l));
+    l->step = l->a->first_row;
     AC_TRY(visit(l, start_device));
     ac_status status = run_rows(l);
     draw_back(l);

@@ -10,7 +10,7 @@
 #include "kernel.h"
 #include "sampler.h"
 
-#define AC_ABI 7 /* of ac_backend and everything it reaches; another number is refused */
+#define AC_ABI 8 /* of ac_backend and everything it reaches; another number is refused */
 
 /* Nothing of it is touched before the numbers were compared. */
 typedef struct ac_host {
@@ -77,6 +77,12 @@ typedef struct ac_backend {
     /* Launches one phase of a sampler's step; sampler.h. */
     ac_status (*sampler)(void *self, ac_lane *lane, const ac_sampler_job *job,
                          ac_sampler_phase phase);
+    /* A row's tail as one launch: the last convolution of the UNet, APPLY on what it gives, and
+     * SCALE for the next row.  fits: whether it is there for this convolution, as planned, and this
+     * job.  Both NULL: for none. */
+    bool (*tail_fits)(const ac_caps *caps, const ac_problem *conv, const ac_sampler_job *job);
+    ac_status (*tail)(void *self, ac_lane *lane, const ac_problem *conv, const void *prepared,
+                      const ac_sampler_job *job);
     /* Recording of launches for replay; all NULL where there is none (CPU, null).  What is
      * launched in between does not run; a failed launch still takes its record_end. */
     ac_status (*record_begin)(void *self, ac_lane *lane);

@@ -287,18 +287,29 @@ ac_exec_resolve(ac_exec *e, const ac_device_lane *lane, int32_t s)
     problem->output.data = address(e, lane, step->output);
 }
 
+static const void *
+prepared_of(const ac_exec *e, const ac_step *step)
+{
+    return step->prepared == AC_NONE ? NULL : e->derived[step->prepared]->data;
+}
+
+/* `status` of a launch, and whose it was. */
+static ac_status
+launched(const ac_exec *e, const ac_step *step, const char *kernel, ac_status status)
+{
+    return status < 0 ? ac_error_prefix(status, "%s (%s)", e->plan->graph->nodes[step->node].name,
+                                        kernel)
+                      : AC_OK;
+}
+
 ac_status
 ac_exec_launch(ac_exec *e, ac_device_lane *lane, int32_t s)
 {
     const ac_step *step = &e->plan->steps[s];
     void *scratch = step->scratch ? (char *)lane->arena + step->scratch_offset : NULL;
-    const void *prepared = step->prepared == AC_NONE ? NULL : e->derived[step->prepared]->data;
-    ac_status status = step->kernel->launch(lane->lane, &e->problems[s], scratch, prepared);
-    if (status < 0) {
-        const ac_node *node = &e->plan->graph->nodes[step->node];
-        return ac_error_prefix(status, "%s (%s)", node->name, step->kernel->name);
-    }
-    return AC_OK;
+    return launched(e, step, step->kernel->name,
+                    step->kernel->launch(lane->lane, &e->problems[s], scratch,
+                                         prepared_of(e, step)));
 }
 
 static ac_status
@@ -311,13 +322,50 @@ launch_steps(ac_exec *e, ac_device_lane *lane, int32_t first, int32_t end)
     return AC_OK;
 }
 
+/* The convolution is the last step but one, so that nothing else reads its result. */
+static int32_t
+tail_step(const ac_plan *plan)
+{
+    int32_t s = plan->n_steps - 2;
+    if (s < plan->first[AC_RATE_STEP] || plan->steps[s].problem.op != AC_OP_CONV2D) {
+        return AC_NONE;
+    }
+    const ac_step *conv = &plan->steps[s], *last = conv + 1;
+    bool reads = last->input[0].space == conv->output.space &&
+                 last->input[0].index == conv->output.index &&
+                 last->input[0].offset == conv->output.offset;
+    return last->problem.op == AC_OP_TO_NCHW && last->output.space == AC_SPACE_OUTPUT && reads
+               ? s : AC_NONE;
+}
+
+const ac_problem *
+ac_exec_tail(const ac_exec *e)
+{
+    int32_t s = tail_step(e->plan);
+    return s == AC_NONE ? NULL : &e->plan->steps[s].problem;
+}
+
+ac_status
+ac_exec_launch_tail(ac_exec *e, ac_device_lane *lane, const ac_run *run)
+{
+    int32_t s = tail_step(e->plan);
+    const ac_step *step = &e->plan->steps[s];
+    ac_exec_resolve(e, lane, s);
+    return launched(e, step, "tail",
+                    run->tail(run->arg, lane, &e->problems[s], prepared_of(e, step)));
+}
+
 ac_status
 ac_exec_launch_step(ac_exec *e, ac_device_lane *lane, const ac_run *run)
 {
+    int32_t end = run->tail ? tail_step(e->plan) : e->plan->n_steps;
     if (run->before) {
         AC_TRY(run->before(run->arg, lane));
     }
-    AC_TRY(launch_steps(e, lane, e->plan->first[AC_RATE_STEP], e->plan->n_steps));
+    AC_TRY(launch_steps(e, lane, e->plan->first[AC_RATE_STEP], end));
+    if (run->tail) {
+        AC_TRY(ac_exec_launch_tail(e, lane, run));
+    }
     return run->after ? run->after(run->arg, lane) : AC_OK;
 }
 
@@ -351,15 +399,13 @@ static ac_status
 enter_lane(ac_exec *e, ac_device_lane *lane, ac_stream stream)
 {
     const ac_device *device = e->plan->device;
-    ac_device_lane *last = e->lane;
-    e->lane = lane;
-    if (!device->backend->lane_follow) {
-        return AC_OK;
+    if (device->backend->lane_follow) {
+        AC_TRY(device->backend->lane_follow(device->self, lane->lane, stream));
+        if (e->lane && e->lane != lane) {
+            AC_TRY(device->backend->lane_wait(device->self, lane->lane, e->lane->lane));
+        }
     }
-    AC_TRY(device->backend->lane_follow(device->self, lane->lane, stream));
-    if (last && last != lane) {
-        AC_TRY(device->backend->lane_wait(device->self, lane->lane, last->lane));
-    }
+    e->lane = lane; /* a failure leaves the last run's */
     return AC_OK;
 }
 

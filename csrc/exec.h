@@ -28,6 +28,9 @@ void ac_exec_unbind(ac_exec *exec);
 
 /* Launches more work in the lane of a run. */
 typedef ac_status (*ac_exec_fn)(void *arg, ac_device_lane *lane);
+/* Launches the convolution of ac_exec_tail, whose operands are bound now, in its own way. */
+typedef ac_status (*ac_exec_tail_fn)(void *arg, ac_device_lane *lane, const ac_problem *conv,
+                                     const void *prepared);
 
 typedef struct ac_run {
     ac_rate from;      /* first section; see ac_exec_run */
@@ -40,6 +43,7 @@ typedef struct ac_run {
     /* NULL, or what goes before and after the step section, and is recorded with it: launches on
      * the device alone.  `key` stands for all that they pass by value. */
     ac_exec_fn before, after;
+    ac_exec_tail_fn tail; /* NULL, or launched instead of the steps from ac_exec_tail on */
     void *arg;
     uint64_t key;
 } ac_run;
@@ -51,6 +55,9 @@ typedef struct ac_run {
  * addresses and replayed from then on (ACCEL_GRAPH=off when the exec was made: never).
  * Out of memory leaves nothing of this run allocated. */
 ac_status ac_exec_run_with(ac_exec *exec, const ac_run *run);
+/* The convolution, as planned, whose result the last step brings to the only output in NCHW; NULL:
+ * the plan does not end so. */
+const ac_problem *ac_exec_tail(const ac_exec *exec);
 /* Calls `fn` in the order of this exec's runs; `wait` for what it queued. */
 ac_status ac_exec_visit(ac_exec *exec, ac_stream stream, bool wait, ac_exec_fn fn, void *arg);
 ac_status ac_exec_run_on(ac_exec *exec, ac_rate from, ac_stream stream);

@@ -46,7 +46,7 @@ key_of(const ac_exec *e, const ac_device_lane *lane, const ac_run *run)
 {
     const void *const addresses[] = {lane, e->keep, e->slots, e->extra};
     const uint64_t numbers[] = {lane->arena_id, e->generation, run->key, run->before != NULL,
-                                run->after != NULL};
+                                run->after != NULL, run->tail != NULL};
     uint64_t hash = ac_hash(addresses, sizeof addresses, AC_HASH_SEED);
     return hash_edges(e, ac_hash(numbers, sizeof numbers, hash)) | 1;
 }

@@ -2,7 +2,7 @@
  *
  *     a run as usual           derives weights, lets kernels choose algorithms, binds addresses
  *     each section recorded    once as it is, once with a mark before and after each step
- *     the sampler, in a loop   recorded with marks too, over memory of its own
+ *     the sampler, in a loop   recorded with marks too, over memory of its own; then the tail
  *     replayed, read           `repeats` times; the best of each step
  *
  * Without a backend that records (the CPU) sections are launched, and the host's clock read. */
@@ -53,7 +53,8 @@ read_marks(timer *t, int32_t count)
 typedef struct section {
     int32_t first, end;
     bool each; /* a mark after every step, or only at both ends */
-    const ac_sampler_job *job; /* not NULL: its two phases, instead of steps */
+    const ac_sampler_job *job; /* not NULL: its two phases, or its tail, instead of steps */
+    bool tail;
 } section;
 
 static ac_status
@@ -68,13 +69,33 @@ launch_sampler(timer *t, const ac_sampler_job *job)
     return AC_OK;
 }
 
+typedef struct tail {
+    const ac_device *device;
+    const ac_sampler_job *job;
+} tail;
+
+static ac_status
+tail_of_job(void *arg, ac_device_lane *lane, const ac_problem *conv, const void *prepared)
+{
+    const tail *a = arg;
+    return a->device->backend->tail(a->device->self, lane->lane, conv, prepared, a->job);
+}
+
+static ac_status
+launch_tail(timer *t, const ac_sampler_job *job)
+{
+    tail arg = {t->exec->plan->device, job};
+    AC_TRY(ac_exec_launch_tail(t->exec, t->lane, &(ac_run){.tail = tail_of_job, .arg = &arg}));
+    return mark(t, 1);
+}
+
 static ac_status
 launch(timer *t, const section *s)
 {
     int32_t marks = 0;
     AC_TRY(mark(t, marks++));
     if (s->job) {
-        return launch_sampler(t, s->job);
+        return s->tail ? launch_tail(t, s->job) : launch_sampler(t, s->job);
     }
     for (int32_t i = s->first; i < s->end; i++) {
         ac_exec_resolve(t->exec, t->lane, i);
@@ -111,7 +132,7 @@ static ac_status
 time_section(timer *t, const section *s, int32_t repeats, double *best)
 {
     const ac_device *device = t->exec->plan->device;
-    int32_t times = s->job ? 2 : s->each ? s->end - s->first : 1;
+    int32_t times = s->job ? 2 - s->tail : s->each ? s->end - s->first : 1;
     AC_TRY(launch(t, s)); /* also makes the marks, which a recording must not */
     AC_TRY(device->backend->sync(device->self, t->lane->lane));
     if (t->exec->can_record && record(t, s) < 0) {
@@ -149,14 +170,15 @@ typedef struct job_layout {
     size_t n_rows, rows, arrays, all, total;
 } job_layout;
 
-/* Applying a row goes on to the next one: there is a row for every time that it runs. */
+/* Applying a row goes on to the next one: there is a row for every time that the sampler or the
+ * tail runs. */
 static job_layout
 lay_out_job(const ac_value *sample, int32_t repeats)
 {
-    job_layout m = {.n_rows = (size_t)repeats + 4, .rows = 256};
+    job_layout m = {.n_rows = 2 * ((size_t)repeats + 4), .rows = 256};
     m.all = ac_align_up((size_t)ac_shape_count(&sample->shape) * sizeof(float), 256);
     m.arrays = ac_align_up(m.rows + m.n_rows * sizeof(ac_sched_row), 256);
-    m.total = m.arrays + (3 + AC_SCHED_REGISTERS) * m.all;
+    m.total = m.arrays + (4 + AC_SCHED_REGISTERS) * m.all + 256;
     return m;
 }
 
@@ -167,7 +189,8 @@ make_job(const ac_value *sample, const job_layout *m, char *base)
     bool guided = batch % 2 == 0;
     ac_sampler_job job = {.images = guided ? batch / 2 : batch, .guided = guided,
                           .per_image = ac_shape_count(&sample->shape) / batch,
-                          .io = sample->dtype, .state = (ac_sampler_state *)base,
+                          .io = sample->dtype, .n_rows = (int32_t)m->n_rows,
+                          .state = (ac_sampler_state *)base,
                           .rows = (const ac_sched_row *)(base + m->rows),
                           .sample = base + m->arrays,
                           .output = (float *)(base + m->arrays + m->all),
@@ -175,6 +198,7 @@ make_job(const ac_value *sample, const job_layout *m, char *base)
     for (size_t i = 0; i < AC_SCHED_REGISTERS; i++) {
         job.registers[i] = (float *)(base + m->arrays + (3 + i) * m->all);
     }
+    job.tickets = (uint32_t *)(base + m->arrays + (3 + AC_SCHED_REGISTERS) * m->all);
     return job;
 }
 
@@ -193,7 +217,21 @@ fill_rows(const job_layout *m, char *host)
 }
 
 static ac_status
-time_job(timer *t, const ac_value *sample, int32_t repeats, char *host, double *best)
+time_phases(timer *t, const ac_sampler_job *job, int32_t repeats, ac_profile_times *times)
+{
+    const ac_device *device = t->exec->plan->device;
+    const ac_problem *conv = ac_exec_tail(t->exec);
+    section s = {.job = job};
+    AC_TRY(time_section(t, &s, repeats, times->sampler));
+    if (!conv || !device->backend->tail || !device->backend->tail_fits(&device->caps, conv, job)) {
+        return AC_OK;
+    }
+    s.tail = true;
+    return time_section(t, &s, repeats, &times->tail);
+}
+
+static ac_status
+time_job(timer *t, const ac_value *sample, int32_t repeats, char *host, ac_profile_times *times)
 {
     ac_device *device = t->exec->plan->device;
     job_layout m = lay_out_job(sample, repeats);
@@ -201,10 +239,9 @@ time_job(timer *t, const ac_value *sample, int32_t repeats, char *host, double *
     fill_rows(&m, host);
     AC_TRY(ac_device_alloc(device, m.total, &memory));
     ac_sampler_job job = make_job(sample, &m, memory);
-    section s = {.job = &job};
     ac_status status = device->backend->upload(device->self, t->lane->lane, memory, host, m.total);
     if (status == AC_OK) {
-        status = time_section(t, &s, repeats, best);
+        status = time_phases(t, &job, repeats, times);
     }
     ac_status done = device->backend->sync(device->self, t->lane->lane);
     ac_device_free(device, memory);
@@ -213,7 +250,7 @@ time_job(timer *t, const ac_value *sample, int32_t repeats, char *host, double *
 
 /* Only a loop's plan takes the row it is at. */
 static ac_status
-time_sampler(timer *t, int32_t repeats, double *best)
+time_sampler(timer *t, int32_t repeats, ac_profile_times *times)
 {
     const ac_value *sample = find_input(t->exec, "sample");
     if (!sample || !find_input(t->exec, "step")) {
@@ -224,7 +261,7 @@ time_sampler(timer *t, int32_t repeats, double *best)
     if (!host) {
         return ac_no_memory(bytes);
     }
-    ac_status status = time_job(t, sample, repeats, host, best);
+    ac_status status = time_job(t, sample, repeats, host, times);
     ac_free(host);
     return status;
 }
@@ -242,7 +279,7 @@ time_all(timer *t, int32_t repeats, ac_profile_times *times)
         s.each = true;
         AC_TRY(time_section(t, &s, repeats, times->step + s.first));
     }
-    return time_sampler(t, repeats, times->sampler);
+    return time_sampler(t, repeats, times);
 }
 
 ac_status

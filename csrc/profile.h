@@ -20,6 +20,8 @@ typedef struct ac_profile_times {
     double *step;                   /* one a step of the plan; 0 at LOAD rate */
     double section[AC_RATE_COUNT];  /* launched without anything in between */
     double sampler[2];              /* before and after the step section of a loop, else 0 */
+    double tail;                    /* what a loop launches instead of both and of the section's
+                                       last two steps; 0: its backend has none */
 } ac_profile_times;
 
 /* Runs the exec, whose edges are bound, and times it.  On a GPU by events around each launch of a

@@ -126,6 +126,10 @@ sections_text(const table *sections, const ac_profile_times *times, ac_text *tex
         ac_text_printf(text, "sampler, in each row of the loop: %.3f ms before the step section, "
                              "%.3f ms after it\n", times->sampler[0], times->sampler[1]);
     }
+    if (times->tail > 0.0) {
+        ac_text_printf(text, "tail, which the loop launches instead of the last two steps and the "
+                             "sampler: %.3f ms\n", times->tail);
+    }
 }
 
 static void
@@ -213,8 +217,9 @@ head_json(const ac_plan *plan, const char *model, const ac_profile_args *args,
     }
     ac_text_printf(text, "],\n\"sampler\":");
     if (times->sampler[1] > 0.0) {
-        ac_text_printf(text, "{\"before_ms\":%.6f,\"after_ms\":%.6f}", times->sampler[0],
-                       times->sampler[1]);
+        ac_text_printf(text, "{\"before_ms\":%.6f,\"after_ms\":%.6f,\"tail_ms\":",
+                       times->sampler[0], times->sampler[1]);
+        ac_text_printf(text, times->tail > 0.0 ? "%.6f}" : "null}", times->tail);
     } else {
         ac_text_printf(text, "null");
     }

@@ -52,10 +52,14 @@ typedef enum ac_sampler_phase {
     AC_SAMPLER_APPLY  /* after it: output -> latents and registers, `broken`, and the next row */
 } ac_sampler_phase;
 
+/* Of a job: more than the parts that any kernel makes of it, which count themselves there. */
+#define AC_SAMPLER_TICKETS(job) ((size_t)((job)->images * (job)->per_image) + 1)
+
 /* All addresses are of the device's memory.  Latents and all arithmetic on them are f32 or better,
  * whatever the UNet computes in. */
 typedef struct ac_sampler_job {
     int64_t images, per_image;
+    int32_t n_rows;
     bool guided;     /* sample and output have 2 n images, the unconditional ones first */
     bool rescales;   /* guidance_rescale is not 0 */
     bool thresholds; /* rows have a threshold */
@@ -69,6 +73,7 @@ typedef struct ac_sampler_job {
     float *registers[AC_SCHED_REGISTERS];
     float *work;        /* [images, per_image], for thresholds */
     double *limits;     /* [images], for thresholds */
+    uint32_t *tickets;  /* [AC_SAMPLER_TICKETS], for the tail; SCALE clears them.  NULL: none */
 } ac_sampler_job;
 
 /* x [n, count] -> x'; e [n, count] is already guided; noise NULL unless the row uses it;

@@ -132,7 +132,7 @@ def c_parts():
     yield Part("c_seam", [CTESTS / "test_seam"], 60, wants=RAN)
     for path in sorted((ROOT / "tests" / "c").glob("test_cuda*.c")):
         name = path.stem
-        beside = name in ("test_cuda_models", "test_cuda_tune")
+        beside = name in ("test_cuda_models", "test_cuda_tune", "test_cuda_loop")
         yield Part(f"c{name[4:]}", [CTESTS / name], 150, not beside,
                    "float16" if name == "test_cuda_models" else RAN)
     cuda = {"ACCEL_TEST_DEVICE": "cuda"}
@@ -158,7 +158,7 @@ def sanitizer_parts():
     beside_nvcc = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc").parent
     tool = shutil.which("compute-sanitizer") or beside_nvcc / "compute-sanitizer"
     quick = [CTESTS / "test_kernels", "--backend", "cuda", "--keep-going", "--quick"]
-    sampler = [CTESTS / "test_cuda_engine", "samplers"]
+    sampler = [CTESTS / "test_cuda_loop", "samplers"]
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--print-limit", "20", "--error-exitcode", "9"]
         yield Part(f"{check}_sampler", [*command, *sampler], wants=RAN)

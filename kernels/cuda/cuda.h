@@ -65,9 +65,12 @@ ac_cuda_at(const void *base, int64_t elements, int32_t dtype)
 
 extern const ac_kernel *const ac_cuda_kernels[];
 
-/* The backend's `sampler`. */
+/* The backend's `sampler`, `tail_fits` and `tail`. */
 ac_status ac_cuda_sampler(void *self, ac_lane *lane, const ac_sampler_job *job,
                           ac_sampler_phase phase);
+bool ac_cuda_tail_fits(const ac_caps *caps, const ac_problem *conv, const ac_sampler_job *job);
+ac_status ac_cuda_tail(void *self, ac_lane *lane, const ac_problem *conv, const void *prepared,
+                       const ac_sampler_job *job);
 
 #ifdef __cplusplus
 }

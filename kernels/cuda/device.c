@@ -461,6 +461,8 @@ ac_backend_cuda(uint32_t abi, const ac_host *host, ac_backend *out)
         .sync = cuda_sync,
         .wait = cuda_wait,
         .sampler = ac_cuda_sampler,
+        .tail_fits = ac_cuda_tail_fits,
+        .tail = ac_cuda_tail,
         .lane_follow = cuda_lane_follow,
         .lane_mark = cuda_lane_mark,
         .lane_wait = cuda_lane_wait,

@@ -10,15 +10,7 @@
  * Arithmetic and roundings are those of csrc/sampler.c, without fused multiply-adds: the same bits,
  * but for the sums of rescale.  Latents are small (a megabyte at most an image); all of it is a few
  * microseconds, most of it launches. */
-#include "element.cuh"
-#include "launch.cuh"
-
-/* Not fused. */
-__device__ static inline double
-multiply_add(double a, double b, double c)
-{
-    return __dadd_rn(c, __dmul_rn(a, b));
-}
+#include "sampler.cuh"
 
 __device__ static inline const ac_sched_row &
 current(const ac_sampler_job &job)
@@ -26,38 +18,28 @@ current(const ac_sampler_job &job)
     return job.rows[job.state->step];
 }
 
-/* m before the clamp. */
-__device__ static inline double
-converted(const ac_sched_row &row, float x, float e)
-{
-    return __dadd_rn(__dmul_rn(row.m_x, (double)x), __dmul_rn(row.m_e, (double)e));
-}
-
 /* ---- before the UNet ------------------------------------------------------------------------- */
 
+/* Behind the last row there is none. */
 __global__ static void
 scale_kernel(ac_sampler_job job)
 {
     const int64_t all = job.images * job.per_image;
-    const float factor = (float)current(job).scale_in;
-    const ac_cells sample = {job.sample, job.io};
     const int64_t stride = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += stride) {
-        const float value = __fmul_rn(job.latents[i], factor);
-        ac_store(sample, i, value);
-        if (job.guided) {
-            ac_store(sample, all + i, value);
-        }
+    const int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    for (int64_t i = first; job.tickets && i < (int64_t)AC_SAMPLER_TICKETS(&job); i += stride) {
+        job.tickets[i] = 0;
+    }
+    if (job.state->step >= job.n_rows) {
+        return;
+    }
+    const float factor = (float)current(job).scale_in;
+    for (int64_t i = first; i < all; i += stride) {
+        ac_sampler_scale(job, i, job.latents[i], factor);
     }
 }
 
 /* ---- guidance -------------------------------------------------------------------------------- */
-
-__device__ static inline float
-guided(float u, float c, float factor)
-{
-    return __fadd_rn(u, __fmul_rn(factor, __fsub_rn(c, u)));
-}
 
 __global__ static void
 guide_kernel(ac_sampler_job job)
@@ -66,7 +48,7 @@ guide_kernel(ac_sampler_job job)
     const float factor = (float)job.state->guidance_scale;
     const int64_t stride = (int64_t)gridDim.x * blockDim.x;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < all; i += stride) {
-        job.output[i] = guided(job.output[i], job.output[all + i], factor);
+        job.output[i] = ac_sampler_guided(job.output[i], job.output[all + i], factor);
     }
 }
 
@@ -134,7 +116,7 @@ fill_work(const ac_sampler_job &job, const ac_sched_row &row, float *work)
     const int64_t at = blockIdx.x * job.per_image;
     bool nan = false;
     for (int64_t i = threadIdx.x; i < job.per_image; i += blockDim.x) {
-        work[i] = (float)fabs(converted(row, job.latents[at + i], job.output[at + i]));
+        work[i] = (float)fabs(ac_sampler_converted(row, job.latents[at + i], job.output[at + i]));
         nan = nan || isnan(work[i]);
     }
     return __syncthreads_or(nan) != 0;
@@ -215,7 +197,7 @@ quantile(const float *work, int64_t count, double threshold)
     const bool again = below + 1 < smaller + equal;
     const uint32_t above = again ? bits : next_above(work, count, bits);
     const double high = (double)__uint_as_float(above);
-    return multiply_add(__dadd_rn(rank, -(double)below), __dadd_rn(high, -low), low);
+    return ac_multiply_add(__dadd_rn(rank, -(double)below), __dadd_rn(high, -low), low);
 }
 
 /* One block an image. */
@@ -239,64 +221,15 @@ quantile_kernel(ac_sampler_job job)
 
 /* ---- the row --------------------------------------------------------------------------------- */
 
-__device__ static double
-combine(const double *coefficient, const double *basis)
-{
-    double sum = 0.0;
-    for (int k = 0; k < AC_BASIS_COUNT; k++) {
-        if (coefficient[k] != 0.0) {
-            sum = multiply_add(coefficient[k], basis[k], sum);
-        }
-    }
-    return sum;
-}
-
-__device__ static double
-clamped(const ac_sampler_job &job, const ac_sched_row &row, int64_t at, double m)
-{
-    double limit = row.clip > 0.0 ? row.clip : INFINITY, divisor = 1.0;
-    if (row.threshold > 0.0) {
-        limit = divisor = job.limits[at / job.per_image];
-    }
-    if (limit < INFINITY || divisor != 1.0) {
-        m = (m < -limit ? -limit : m > limit ? limit : m) / divisor;
-    }
-    return m;
-}
-
-/* A basis tensor whose coefficients are all 0 may hold anything, so it is not multiplied. */
 __global__ static void
 apply_kernel(ac_sampler_job job)
 {
     __shared__ ac_sched_row row;
-    const int64_t all = job.images * job.per_image;
-    const double *from = (const double *)&current(job);
-    static_assert(sizeof(ac_sched_row) % sizeof(double) == 0, "copied in doubles");
-    for (int i = threadIdx.x; i < (int)(sizeof row / sizeof(double)); i += blockDim.x) {
-        ((double *)&row)[i] = from[i];
-    }
+    ac_sampler_row(job, &row);
     __syncthreads();
     const int64_t at = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= all) {
-        return;
-    }
-    double basis[AC_BASIS_COUNT];
-    const float x = job.latents[at], e = job.output[at];
-    basis[AC_BASIS_X] = (double)x;
-    basis[AC_BASIS_E] = (double)e;
-    basis[AC_BASIS_M] = clamped(job, row, at, converted(row, x, e));
-    basis[AC_BASIS_NOISE] = row.draws_noise ? (double)job.noise[row.noise_at * all + at] : 0.0;
-    for (int i = 0; i < AC_SCHED_REGISTERS; i++) {
-        basis[AC_BASIS_R0 + i] = (double)job.registers[i][at];
-    }
-    const double next = combine(row.x_next, basis);
-    for (int s = 0; s < row.n_stores; s++) {
-        job.registers[row.store[s].to][at] = (float)combine(row.store[s].c, basis);
-    }
-    const float rounded = (float)next;
-    job.latents[at] = rounded;
-    if (!isfinite(rounded) && job.state->broken == 0) {
-        atomicCAS(&job.state->broken, 0, job.state->step + 1);
+    if (at < job.images * job.per_image) {
+        ac_sampler_apply(job, row, at, job.output[at]);
     }
 }
 

@@ -21,7 +21,7 @@ typedef struct far_lane {
     ac_recording *recording; /* being made */
 } far_lane;
 
-/* One launch of a kernel, or one phase of a sampler, or one copy. */
+/* One launch of a kernel, or one phase of a sampler, or a row's tail, or one copy. */
 typedef struct far_launch {
     const ac_kernel *kernel;
     ac_problem problem;
@@ -30,6 +30,7 @@ typedef struct far_launch {
     const void *prepared;
     ac_sampler_job job;
     ac_sampler_phase phase;
+    bool tail;
     void *to;
     const void *from;
     size_t bytes;
@@ -51,8 +52,9 @@ static struct {
     int32_t blocks;
     size_t live, most;       /* bytes */
     int64_t fail_at;         /* the n-th allocation from now fails; 0: none */
-    bool fail_recording;
-    int64_t allocations, launches, uploads, downloads, replays, follows, waits, syncs, events;
+    bool fail_recording, no_tail;
+    int64_t allocations, launches, uploads, downloads, replays, follows, waits, syncs, events,
+        samplers, tails;
     int64_t stream_waits, device_waits; /* far_wait's */
     int64_t copies;          /* within far memory, not recorded ones */
     size_t uploaded;         /* bytes */
@@ -163,17 +165,11 @@ far_unpack(ac_tensor *w, const void *prepared)
 }
 
 static ac_status
-far_execute(far_lane *lane, far_launch *l)
+far_execute_kernel(far_lane *lane, const far_launch *l)
 {
-    if (l->to) {
-        memmove(l->to, l->from, l->bytes);
-        return AC_OK;
-    }
-    if (!l->kernel) {
-        return ac_backend_cpu.sampler(NULL, lane->cpu, &l->job, l->phase);
-    }
     ac_problem p = l->problem;
-    p.input = l->input;
+    ac_tensor input[AC_ARRAY_LEN(l->input)];
+    p.input = memcpy(input, l->input, sizeof input);
     bool own_form = p.op == AC_OP_CONV2D && l->prepared;
     for (int32_t k = 0; k < p.n_inputs; k++) {
         if (p.input[k].shape.rank >= 0 && !(own_form && k == AC_CONV_W)) {
@@ -192,12 +188,46 @@ far_execute(far_lane *lane, far_launch *l)
     return status;
 }
 
+/* Behind the convolution, whose result is [n, h, w, c]. */
+static ac_status
+far_execute_tail(far_lane *lane, const far_launch *l)
+{
+    const ac_tensor *y = &l->problem.output;
+    const ac_sampler_job *job = &l->job;
+    int64_t channels = y->shape.dim[3], pixels = y->shape.dim[1] * y->shape.dim[2];
+    CHECK(ac_tensor_is_contiguous(y));
+    for (int64_t i = 0; i < ac_tensor_count(y); i++) {
+        int64_t c = i % channels, pixel = i / channels % pixels, n = i / channels / pixels;
+        job->output[(n * channels + c) * pixels + pixel] =
+            (float)ac_element_get(y->data, y->dtype, i);
+    }
+    AC_TRY(ac_backend_cpu.sampler(NULL, lane->cpu, job, AC_SAMPLER_APPLY));
+    return job->state->step < job->n_rows
+               ? ac_backend_cpu.sampler(NULL, lane->cpu, job, AC_SAMPLER_SCALE) : AC_OK;
+}
+
+static ac_status
+far_execute(far_lane *lane, const far_launch *l)
+{
+    if (l->to) {
+        memmove(l->to, l->from, l->bytes);
+        return AC_OK;
+    }
+    if (!l->kernel) {
+        far.samplers++;
+        CHECK(l->job.state->step < l->job.n_rows);
+        return ac_backend_cpu.sampler(NULL, lane->cpu, &l->job, l->phase);
+    }
+    AC_TRY(far_execute_kernel(lane, l));
+    far.tails += l->tail;
+    return l->tail ? far_execute_tail(lane, l) : AC_OK;
+}
+
 static ac_status
 far_add(far_lane *lane, const far_launch *l)
 {
     if (!lane->recording) {
-        far_launch now = *l;
-        return far_execute(lane, &now);
+        return far_execute(lane, l);
     }
     CHECK(lane->recording->count < FAR_LAUNCHES);
     lane->recording->launch[lane->recording->count++] = *l;
@@ -205,18 +235,25 @@ far_add(far_lane *lane, const far_launch *l)
 }
 
 static ac_status
-far_run(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared)
+far_launch_problem(ac_lane *lane, far_launch l)
 {
-    far_launch l = {.problem = *p, .scratch = scratch, .prepared = prepared};
+    const ac_problem *p = &l.problem;
     CHECK(p->n_inputs <= (int32_t)AC_ARRAY_LEN(l.input));
     memcpy(l.input, p->input, (size_t)p->n_inputs * sizeof *l.input);
-    if (p->op == AC_OP_CONV2D && prepared) {
+    if (p->op == AC_OP_CONV2D && l.prepared) {
         ac_shape_strides(&l.input[AC_CONV_W].shape, l.input[AC_CONV_W].stride);
     }
-    l.problem.input = l.input; /* anew in far_execute, which gets a copy */
+    l.problem.input = l.input; /* each copy has its own */
     l.kernel = far_cpu_kernel(&l.problem);
     CHECK(l.kernel);
     return far_add((far_lane *)lane, &l);
+}
+
+static ac_status
+far_run(ac_lane *lane, const ac_problem *p, void *scratch, const void *prepared)
+{
+    return far_launch_problem(lane, (far_launch){.problem = *p, .scratch = scratch,
+                                                 .prepared = prepared});
 }
 
 static bool
@@ -298,10 +335,9 @@ static const ac_kernel *const far_kernels[] = {
     NULL,
 };
 
-static ac_status
-far_sampler(void *self, ac_lane *lane, const ac_sampler_job *job, ac_sampler_phase phase)
+static void
+far_check_job(const ac_sampler_job *job)
 {
-    (void)self;
     far_check(job->state, sizeof *job->state);
     far_check(job->rows, sizeof *job->rows);
     far_check(job->sample, 1);
@@ -310,8 +346,34 @@ far_sampler(void *self, ac_lane *lane, const ac_sampler_job *job, ac_sampler_pha
     for (int i = 0; i < AC_SCHED_REGISTERS; i++) {
         far_check(job->registers[i], (size_t)(job->images * job->per_image) * sizeof(float));
     }
+}
+
+static ac_status
+far_sampler(void *self, ac_lane *lane, const ac_sampler_job *job, ac_sampler_phase phase)
+{
+    (void)self;
+    far_check_job(job);
     far_launch l = {.job = *job, .phase = phase};
     return far_add((far_lane *)lane, &l);
+}
+
+/* Only without scratch, for which the caller has no place. */
+static bool
+far_tail_fits(const ac_caps *caps, const ac_problem *conv, const ac_sampler_job *job)
+{
+    return !far.no_tail && !job->rescales && !job->thresholds && far_scratch(conv, caps) == 0 &&
+           ac_tensor_count(&conv->output) == (1 + job->guided) * job->images * job->per_image;
+}
+
+static ac_status
+far_tail(void *self, ac_lane *lane, const ac_problem *conv, const void *prepared,
+         const ac_sampler_job *job)
+{
+    (void)self;
+    far_check_job(job);
+    far_check(job->tickets, AC_SAMPLER_TICKETS(job) * sizeof *job->tickets);
+    return far_launch_problem(lane, (far_launch){.problem = *conv, .prepared = prepared,
+                                                 .job = *job, .tail = true});
 }
 
 /* ---- copies ---------------------------------------------------------------------------------- */
@@ -509,8 +571,7 @@ far_replay(void *self, ac_lane *lane, ac_recording *recording)
     CHECK(!((far_lane *)lane)->recording);
     far.replays++;
     for (int32_t i = 0; i < recording->count; i++) {
-        far_launch l = recording->launch[i];
-        AC_TRY(far_execute((far_lane *)lane, &l));
+        AC_TRY(far_execute((far_lane *)lane, &recording->launch[i]));
     }
     return AC_OK;
 }
@@ -528,10 +589,11 @@ static const ac_backend far_backend = {
     .close = far_close, .alloc = far_alloc, .free = far_free, .lane_open = far_lane_open,
     .lane_close = far_lane_close, .lane_reserve = far_lane_reserve, .upload = far_upload,
     .download = far_download, .copy = far_copy, .sync = far_sync, .wait = far_wait,
-    .lane_follow = far_lane_follow,
-    .lane_mark = far_lane_mark, .lane_wait = far_lane_wait, .event_new = far_event_new,
+    .lane_follow = far_lane_follow, .lane_mark = far_lane_mark, .lane_wait = far_lane_wait,
+    .event_new = far_event_new,
     .event_free = far_event_free, .event_record = far_event_record, .event_wait = far_event_wait,
-    .sampler = far_sampler, .record_begin = far_record_begin, .record_end = far_record_end,
+    .sampler = far_sampler, .tail_fits = far_tail_fits, .tail = far_tail,
+    .record_begin = far_record_begin, .record_end = far_record_end,
     .replay = far_replay, .record_free = far_record_free,
 };
 

@@ -5,7 +5,7 @@
 #include "far_device.h"
 
 static const char config_text[] =
-    "{\"_class_name\":\"UNet2DConditionModel\",\"block_out_channels\":[8,16],"
+    "{\"_class_name\":\"UNet2DConditionModel\",\"block_out_channels\":[32,16],"
     "\"norm_num_groups\":4,\"layers_per_block\":1,\"down_block_types\":[\"CrossAttnDownBlock2D\","
     "\"DownBlock2D\"],\"up_block_types\":[\"UpBlock2D\",\"CrossAttnUpBlock2D\"],"
     "\"cross_attention_dim\":8,\"attention_head_dim\":2}";
@@ -20,7 +20,7 @@ static const char *const schedules[] = {
     "{\"_class_name\":\"DPMSolverMultistepScheduler\",\"algorithm_type\":\"sde-dpmsolver++\"}",
 };
 
-enum { CHANNELS = 4, SIZE = 6, TOKENS = 5, IMAGES = 2, STEPS = 6, MOST = 32,
+enum { CHANNELS = 4, SIZE = 6, TOKENS = 5, IMAGES = 2, STEPS = 6, MOST = 32, LARGEST = 130,
        COUNT = IMAGES * CHANNELS * SIZE * SIZE };
 
 typedef struct rig {
@@ -106,10 +106,11 @@ typedef struct request {
     ac_step_fn callback;
     ac_status (*poll)(void *arg, int32_t index, double timestep);
     uint32_t generator; /* out: its next word */
-    float latents[COUNT * 4];
+    float latents[IMAGES * CHANNELS * LARGEST * LARGEST];
 } request;
 
 static float states[2 * IMAGES * TOKENS * 8];
+static uint16_t half_states[2 * IMAGES * TOKENS * 8];
 
 static inline void
 fill(float *x, int64_t count, uint64_t random)
@@ -161,13 +162,19 @@ denoise(rig *r, request *q)
         ac_rng_seed(&rng[i], 5 + (uint64_t)i);
     }
     fill(states, AC_ARRAY_LEN(states), 9);
+    for (size_t i = 0; i < AC_ARRAY_LEN(states) && r->dtype != AC_F32; i++) {
+        ac_element_set(half_states, r->dtype, (int64_t)i, states[i]);
+    }
     fill(q->latents, count_of(q), 11);
     int64_t batch = q->guidance > 1 ? 2 * IMAGES : IMAGES;
     ac_condition condition = {.name = "encoder_hidden_states",
-                              .tensor = ac_tensor_of(states, AC_F32, AC_SHAPE(batch, TOKENS, 8))};
+                              .tensor = ac_tensor_of(r->dtype == AC_F32 ? (void *)states
+                                                                        : half_states,
+                                                     r->dtype, AC_SHAPE(batch, TOKENS, 8))};
     ac_denoise_args args = {.unet = r->model, .schedule = schedule, .images = IMAGES,
                             .height = q->size, .width = q->size, .channels = CHANNELS,
                             .condition = &condition, .n_conditions = 1, .tokens = TOKENS,
+                            .compute = r->dtype,
                             .guidance_scale = q->guidance, .guidance_rescale = q->rescale,
                             .rng = rng, .n_rng = q->ragged ? IMAGES : 1,
                             .callback = q->callback, .poll = q->poll, .finite = q->finite};
@@ -196,13 +203,12 @@ static inline void
 start_count(void)
 {
     far.replays = far.uploads = far.launches = far.follows = far.waits = far.syncs = 0;
-    far.downloads = far.copies = 0;
+    far.downloads = far.copies = far.samplers = far.tails = 0;
     far.most = far.live;
     far.uploaded = 0;
 }
 
 static rig cpu, there;
-static request want, got;
 
 static inline void
 open_both(void)

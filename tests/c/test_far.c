@@ -3,6 +3,8 @@
 #include "../../csrc/profile.h"
 #include "far_rig.h"
 
+static request want, got;
+
 /* Each sampler, with and without guidance, host and device operands; a second call replays from its
  * first step on. */
 static void
@@ -10,7 +12,9 @@ loops_agree_with_the_cpu(void)
 {
     open_both();
     for (size_t i = 0; i < AC_ARRAY_LEN(schedules); i++) {
-        for (int kind = 0; kind < 4; kind++) {
+        for (int kind = 0; kind < 5; kind++) {
+            bool tail = kind != 2 && kind != 4 && !strstr(schedules[i], "thresholding");
+            far.no_tail = kind == 4;
             want = (request){.schedule = schedules[i], .guidance = kind ? 3.0 : 1.0,
                              .rescale = kind == 2 ? 0.7 : 0.0, .ragged = kind == 1};
             CHECK_OK(denoise(&cpu, &want));
@@ -22,9 +26,12 @@ loops_agree_with_the_cpu(void)
                 same_latents(&got, &want);
                 CHECK(far.replays >= (call ? STEPS : STEPS - 1) || call == 0);
                 CHECK(call == 0 || far.uploads <= 5);
+                CHECK(tail ? far.tails >= STEPS : far.tails == 0);
+                CHECK(tail ? far.samplers == 1 : far.samplers >= 2 * STEPS);
             }
         }
     }
+    far.no_tail = false;
     close_both();
 }
 
@@ -70,8 +77,12 @@ callbacks_see_and_change_latents(void)
             got = want;
             got.queue = there_too;
             ac_status status = denoise(&cpu, &want);
+            start_count();
             CHECK_INT(denoise(&there, &got), status);
             same_latents(&got, &want);
+            /* scaled at the start, and again where latents came from the callback */
+            CHECK_INT(far.tails, i == 0 ? STEPS : 3);
+            CHECK_INT(far.samplers, i == 0 ? STEPS : 3);
         }
     }
     close_both();
@@ -267,8 +278,10 @@ a_loop_is_profiled_with_its_sampler(void)
         start_count();
         CHECK_OK(ac_model_profile(there.model, &args, &how, true, &text));
         CHECK(strstr(text.data, "\"sampler\":{\"before_ms\":"));
-        /* three sections, each twice, and the sampler; the second call's own run replays too */
-        CHECK_INT(far.replays, 7 * how.repeats + call);
+        CHECK(strstr(text.data, "\"tail_ms\":0."));
+        /* three sections, each twice, sampler and tail; the second call's own run replays too */
+        CHECK_INT(far.replays, 8 * how.repeats + call);
+        CHECK_INT(far.tails, how.repeats + 1);
         CHECK_INT(far.recordings, call);
         CHECK(call == 0 || far.live == live);
         ac_text_free(&text);

@@ -1,6 +1,8 @@
 /* test_far_memory: weights of a device that are released or borrowed, and no memory. */
 #include "far_rig.h"
 
+static request want, got;
+
 /* ---- weights --------------------------------------------------------------------------------- */
 
 static bool
