@@ -62,20 +62,48 @@ allowed_arch(int arch)
 static const struct {
     const char *name;
     double half_flops, float_flops, bandwidth;
-} peaks[] = {
+} measured[] = {
     {"NVIDIA H200", 790e12, 60e12, 4.3e12},
 };
 
+/* FLOPs of a multiprocessor in a clock, dense, from NVIDIA's descriptions of its architectures:
+ * f16 on tensor cores, f32.  Cards for games do half of the first with sums in f32. */
+static const struct {
+    int arch;
+    double half_flops, float_flops;
+} per_clock[] = {
+    {75, 1024, 128}, {80, 2048, 128}, {86, 1024, 256},  {89, 1024, 256},
+    {90, 4096, 256}, {100, 8192, 256}, {120, 1024, 256},
+};
+
+/* What the card's description promises. */
 static ac_status
-read_peaks(int32_t index, ac_caps *caps)
+compute_peaks(int32_t index, int arch, ac_caps *caps)
+{
+    int core_khz, memory_khz, bus_bits;
+    AC_CUDA(cudaDeviceGetAttribute(&core_khz, cudaDevAttrClockRate, index));
+    AC_CUDA(cudaDeviceGetAttribute(&memory_khz, cudaDevAttrMemoryClockRate, index));
+    AC_CUDA(cudaDeviceGetAttribute(&bus_bits, cudaDevAttrGlobalMemoryBusWidth, index));
+    caps->bandwidth = 2.0 * 1e3 * memory_khz * bus_bits / 8.0; /* two transfers a clock */
+    for (size_t i = 0; i < AC_ARRAY_LEN(per_clock) && per_clock[i].arch <= arch; i++) {
+        double clocks = 1e3 * core_khz * caps->workers;
+        caps->half_flops = clocks * per_clock[i].half_flops;
+        caps->float_flops = clocks * per_clock[i].float_flops;
+    }
+    return AC_OK;
+}
+
+static ac_status
+read_peaks(int32_t index, int arch, ac_caps *caps)
 {
     struct cudaDeviceProp properties;
+    AC_TRY(compute_peaks(index, arch, caps));
     AC_CUDA(cudaGetDeviceProperties(&properties, index));
-    for (size_t i = 0; i < AC_ARRAY_LEN(peaks); i++) {
-        if (strncmp(properties.name, peaks[i].name, strlen(peaks[i].name)) == 0) {
-            caps->half_flops = peaks[i].half_flops;
-            caps->float_flops = peaks[i].float_flops;
-            caps->bandwidth = peaks[i].bandwidth;
+    for (size_t i = 0; i < AC_ARRAY_LEN(measured); i++) {
+        if (strncmp(properties.name, measured[i].name, strlen(measured[i].name)) == 0) {
+            caps->half_flops = measured[i].half_flops;
+            caps->float_flops = measured[i].float_flops;
+            caps->bandwidth = measured[i].bandwidth;
         }
     }
     return AC_OK;
@@ -88,8 +116,9 @@ read_caps(int32_t index, ac_caps *caps)
     AC_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
     AC_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
     AC_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
-    *caps = (ac_caps){.isa = allowed_arch(major * 10 + minor), .workers = processors};
-    return read_peaks(index, caps);
+    int arch = major * 10 + minor;
+    *caps = (ac_caps){.isa = allowed_arch(arch), .workers = processors};
+    return read_peaks(index, arch, caps);
 }
 
 static ac_status
