@@ -47,8 +47,8 @@ parse_name(const char *name, const ac_backend **backend, int32_t *index)
         char *end;
         long value = strtol(colon + 1, &end, 10);
         if (end == colon + 1 || *end || value < 0 || value > 1023) {
-            return ac_error(AC_E_INVALID, "device: found \"%.64s\", expected a number after the "
-                                          "colon, as in \"cuda:1\"", name);
+            return ac_error(AC_E_INVALID, "device: found \"%.64s\", expected a number up to 1023 "
+                                          "after the colon, as in \"cuda:1\"", name);
         }
         *index = (int32_t)value;
     }

@@ -227,7 +227,9 @@ def compile(x, *, passes_off=""):  # the name is the point
 
     Returns
     -------
-    x itself; isinstance, type, state_dict, save_pretrained and `.to` go on as before.
+    x itself; isinstance, type, state_dict, save_pretrained and `.to` go on as before. On a GPU
+    some parameters share storage or have channels_last strides after the first call, which
+    `safetensors.torch.save_file` and `p.view(-1)` refuse: save_pretrained, or decompile first.
 
     What the engine does not do (adapters, foreign attention processors, FreeU, hooks on inner
     modules, ControlNet residuals, gradients, autocast, a CUDA graph that the caller records ...)
@@ -242,9 +244,10 @@ def compile(x, *, passes_off=""):  # the name is the point
     Moving a module (`.to`, offloading) frees all that the engine holds for it; the next call binds
     it anew. On a GPU parameters are laid out in place as the engine reads them, so that there is no
     second copy, and changes are noticed by address and version, merged adapters by the module's
-    own methods (`fuse_lora`, `unload_lora` ...): after `p.data.mul_(...)`, which leaves all that
-    as it was, call `accel.refresh(x)`. What the engine keeps there beside comes from PyTorch's
-    allocator (PyTorch 2.10 and later), so its counters and limits hold for that too.
+    own methods (`fuse_lora`, `unload_lora` ...): after `p.data.mul_(...)`, or the same to a
+    prompt's states, which leave all that as it was, call `accel.refresh(x)`. What the engine keeps
+    there beside comes from PyTorch's allocator (PyTorch 2.10 and later), so its counters and limits
+    hold for that too.
 
     Raises
     ------

@@ -163,6 +163,15 @@ def check_place(x, what, device):
     raise DeviceError(f"{what}: found a tensor on {found}, expected one in host memory{wanted}")
 
 
+def device_name(device):
+    """`device` as text: "cuda:1"; also of a torch.device."""
+    if not isinstance(device, str):
+        if type(device).__module__ != "torch" or type(device).__name__ != "device":
+            raise InvalidArgument(f'device: found {device!r}, expected "cpu", "cuda" or "cuda:1"')
+        device = str(device)
+    return device
+
+
 def compute_dtype(weights, device, dtype):
     """What activations are in: float32 on the CPU, on a GPU `dtype` or most weights' own."""
     if device.partition(":")[0] != "cuda":
@@ -214,7 +223,7 @@ class Component:
         Any DLPack producers or NumPy arrays of float dtypes, borrowed without a copy: they must not
         be changed while a call runs.  In host memory, or on the GPU that is `device`, to which
         those in host memory are copied once.
-    device : str
+    device : str or torch.device
         "cpu", "cuda" or "cuda:1", or "null" to plan without running.
     dtype : str, optional
         "float32", "float16" or "bfloat16".  On a GPU, what is computed in; None: the dtype of most
@@ -231,6 +240,8 @@ class Component:
         For a `dtype` or weights that are none of these three.
     DeviceError
         When there is no such device, saying what is missing, or for tensors on another one.
+    InvalidArgument
+        For a `device` that names none, and a config that is no dict.
 
     Calls raise DTypeError, ShapeError, DeviceError and InvalidArgument with the input by name;
     OutOfMemory with the plan's size and what is free, and nothing of the call stays allocated; and
@@ -245,7 +256,7 @@ class Component:
         if not isinstance(config, Mapping):
             raise InvalidArgument(f"config: found {type(config).__name__}, expected a dict")
         self.config = dict(config)
-        self.device = device
+        self.device = device = device_name(device)
         if not isinstance(weights, _core.Weights):
             weights = self._borrow(weights)
         dtype = dtype_name(dtype)

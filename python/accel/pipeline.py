@@ -26,6 +26,7 @@ from .components import (
     TextEncoder,
     UNet,
     array_dtype,
+    device_name,
     dtype_name,
     read_json,
     sample_size,
@@ -93,7 +94,7 @@ class Pipeline:
         folder : path
             With model_index.json.  Weights are safetensors, sharded or not; they are mapped, not
             read.
-        device : str
+        device : str or torch.device
             "cpu", or "cuda" or "cuda:1" for a GPU.
         dtype : str, optional
             What a GPU computes in: "float32", "float16" or "bfloat16"; None: the dtype of the
@@ -109,6 +110,8 @@ class Pipeline:
             For a `dtype` that is none of these three.
         DeviceError
             When there is no such device, saying what is missing.
+        InvalidArgument
+            For a `device` that names none.
         """
         folder = Path(folder)
         if folder.is_file():
@@ -120,8 +123,9 @@ class Pipeline:
         if name not in _SD + _SDXL:
             raise UnsupportedError(f"{folder}: found class {name!r}, expected {_SD[0]} or "
                                    f"{_SDXL[0]}")
+        device = device_name(device)
         options = {"device": device, "variant": variant, "passes_off": passes_off}
-        if dtype_name(dtype) is not None and str(device).startswith("cuda"):
+        if dtype_name(dtype) is not None and device.startswith("cuda"):
             options["dtype"] = dtype
         encoders, tokenizers = [], []
         for suffix in ("", "_2"):

@@ -4,6 +4,7 @@ import json as _json
 from pathlib import Path
 
 from . import _core
+from ._core import InvalidArgument
 from .components import (
     VAE,
     Component,
@@ -124,8 +125,9 @@ def explain(x, *, json=False, passes=False, profile=False, repeats=0, peaks=None
         Runs over random inputs and times every step: tables by section, class of op and kernel,
         and the steps that lose most against their bound, max(FLOPs / peak, bytes / bandwidth).
         On a GPU by events in a recorded graph; with loop=True, or after a pipeline's loop, the
-        sampler's part of a row too. Where the device's peaks are not known (a CPU), times without
-        fractions. UnsupportedError for a module whose calls run the original now.
+        sampler's part of a row too. A GPU's peaks are measured ones for an H200 and those of its
+        clocks for others; a CPU's are not known: times without fractions. UnsupportedError for a
+        module whose calls run the original now.
     repeats : int
         Timed runs of the profile, the best of each step counts; 0: 10.
     peaks : tuple of float, optional
@@ -137,19 +139,36 @@ def explain(x, *, json=False, passes=False, profile=False, repeats=0, peaks=None
     Raises
     ------
     InvalidArgument
-        For what accel.compile did not return, and a size of no sense, by name.
+        For what accel.compile did not return, a size, `repeats` or `peaks` of no sense, by name,
+        and for `passes` with `profile`.
     UnsupportedError
         When no kernel of the device can do a step, by its name.
     """
     if isinstance(x, Pipeline):
         x = x.unet
     if profile:
-        return _profile(x, json, repeats, *(peaks or (0.0, 0.0)), args)
+        if passes:
+            raise InvalidArgument("passes: found True with profile=True, expected one of them")
+        return _profile(x, json, *_profile_arguments(repeats, peaks), args)
     if isinstance(x, Component):
         return x.explain(json=json, passes=passes, **args)
     from .compile_ import explain_compiled
 
     return explain_compiled(x, as_json=json, passes=passes, **args)
+
+
+def _profile_arguments(repeats, peaks):
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
+        raise InvalidArgument(f"repeats: found {repeats!r}, expected a number of runs, or 0")
+    if peaks is None:
+        return repeats, 0.0, 0.0
+    try:
+        flops, bandwidth = (float(x) for x in peaks)
+    except (TypeError, ValueError):
+        flops = bandwidth = 0.0
+    if not (0 < flops < float("inf") and 0 < bandwidth < float("inf")):
+        raise InvalidArgument(f"peaks: found {peaks!r}, expected FLOP/s and bytes/s, both positive")
+    return repeats, flops, bandwidth
 
 
 def _profile(x, json, repeats, flops, bandwidth, args):

@@ -167,3 +167,19 @@ def test_trim():
     _core.trim("cpu")
     with pytest.raises(accel.InvalidArgument, match="device"):
         _core.trim("nowhere")
+
+
+@pytest.mark.parametrize("device", [0, None, b"cpu", "", "gpu", "cuda:2000", "cuda:x", "cpu:"])
+def test_no_device_of_that_name(device, sd_folder):
+    makers = (lambda: accel.UNet(PART["config"], tiny.weights(PART["shapes"]), device=device),
+              lambda: accel.Pipeline.from_pretrained(sd_folder, device=device))
+    for make in makers:
+        with pytest.raises((accel.InvalidArgument, accel.DeviceError), match="^device: found"):
+            make()
+
+
+def test_a_device_of_pytorch(sd_folder):
+    torch = pytest.importorskip("torch")
+    pipe = accel.Pipeline.from_pretrained(sd_folder, device=torch.device("cpu"))
+    assert pipe.unet.device == "cpu"
+    assert accel.VAE.from_pretrained(sd_folder, device=torch.device("cpu")).device == "cpu"

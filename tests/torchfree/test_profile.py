@@ -52,6 +52,15 @@ def test_a_loop_s_profile_has_its_sampler(unet, batch):
     assert "sampler, in" not in accel.explain(unet, profile=True, repeats=1, **SIZES)
 
 
+@pytest.mark.parametrize(("given", "named"), [
+    ({"peaks": (1e12,)}, "peaks"), ({"peaks": (1e12, 0)}, "peaks"), ({"peaks": 3}, "peaks"),
+    ({"peaks": (1e12, float("nan"))}, "peaks"), ({"peaks": "ab"}, "peaks"),
+    ({"repeats": -3}, "repeats"), ({"repeats": 2.5}, "repeats"), ({"passes": True}, "passes")])
+def test_arguments_of_no_sense(unet, given, named):
+    with pytest.raises(accel.InvalidArgument, match=f"^{named}: found"):
+        accel.explain(unet, profile=True, **given, **SIZES)
+
+
 def test_bounds(unet):
     data = json.loads(accel.explain(unet, profile=True, json=True, repeats=1, peaks=(1e9, 1e8),
                                     **SIZES))
