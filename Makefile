@@ -145,7 +145,7 @@ test-install: $(PY) ## what the tests need, into .venv
 # That all compiles is seen with one.
 TEST_ARCHS := $(or $(ACCEL_CUDA_ARCHS),90a)
 test-build: $(PY) ## the extension, the C tests, and the GPU library where nvcc is
-	ACCEL_CUDA_ARCHS="$(TEST_ARCHS)" $(PIP) install --no-build-isolation --no-deps -e .
+	CPPFLAGS=-Werror ACCEL_CUDA_ARCHS="$(TEST_ARCHS)" $(PIP) install --no-build-isolation --no-deps -e .
 	$(MAKE) --no-print-directory -j$(shell nproc) $(CTESTS)
 
 test-run: check-c ## lint, C tests, Python tests, and both ways to install

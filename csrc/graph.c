@@ -223,7 +223,7 @@ node_rate(const ac_graph *g, const ac_node *node)
 static ac_status
 infer_shape(const ac_graph *g, const ac_node *node, ac_shape *out)
 {
-    ac_shape few[FEW_INPUTS], *shapes = few;
+    ac_shape few[FEW_INPUTS] = {0}, *shapes = few;
     if (node->n_inputs > FEW_INPUTS) {
         shapes = ac_malloc((size_t)node->n_inputs * sizeof *shapes);
         if (!shapes) {

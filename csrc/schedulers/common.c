@@ -43,14 +43,20 @@ wrong_kind(const ac_sched_build *build, const char *field, const ac_json *found,
     return ac_sched_error(build, "%s: found %s, expected %s", field, kind_name(found), expected);
 }
 
+/* These set *out first, also where they fail: compilers do not know that an error is negative, and
+ * would find the caller's variable without a value. */
+
 ac_status
 ac_sched_get_bool(const ac_sched_build *build, const char *field, bool fallback, bool *out)
 {
     const ac_json *value = get(build, field);
+    *out = fallback;
     if (value && value->kind != AC_JSON_BOOL) {
         return wrong_kind(build, field, value, "true or false");
     }
-    *out = value ? value->boolean : fallback;
+    if (value) {
+        *out = value->boolean;
+    }
     return AC_OK;
 }
 
@@ -59,10 +65,13 @@ ac_sched_get_int(const ac_sched_build *build, const char *field, int64_t fallbac
                  int64_t high, int64_t *out)
 {
     const ac_json *value = get(build, field);
+    *out = fallback;
     if (value && (value->kind != AC_JSON_NUMBER || !value->is_integer)) {
         return wrong_kind(build, field, value, "an integer");
     }
-    *out = value ? value->integer : fallback;
+    if (value) {
+        *out = value->integer;
+    }
     if (*out < low || *out > high) {
         return ac_sched_error(build, "%s: found %lld, expected %lld to %lld", field,
                               (long long)*out, (long long)low, (long long)high);
@@ -74,10 +83,13 @@ ac_status
 ac_sched_get_limit(const ac_sched_build *build, const char *field, double fallback, double *out)
 {
     const ac_json *value = get(build, field);
+    *out = fallback;
     if (value && value->kind != AC_JSON_NUMBER) {
         return wrong_kind(build, field, value, "a number");
     }
-    *out = value ? value->number : fallback;
+    if (value) {
+        *out = value->number;
+    }
     return AC_OK;
 }
 

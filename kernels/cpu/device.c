@@ -103,7 +103,7 @@ static ac_status
 cpu_alloc(void *self, size_t bytes, void **out)
 {
     (void)self;
-    size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 256, total;
+    size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 256, total = 0;
     bool sizable = ac_add_size(bytes, alignment + sizeof(void *), &total);
     size_t available = bytes >= 64 * HUGE_PAGE ? free_bytes() : SIZE_MAX;
     char *raw = sizable && total <= available ? ac_malloc(total) : NULL;
