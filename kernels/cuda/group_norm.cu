@@ -8,13 +8,12 @@
  * mean; they are then merged pairwise (Chan et al. 1979) in an order that depends on the sizes
  * alone.  Neighbouring threads read neighbouring channels.
  * Bound: memory, two reads and one write of the tensor. */
-#include "element.cuh"
-#include "list.h"
-#include "reduce.cuh"
+#include "group_norm.cuh"
 
 struct image {
     ac_cells cells;
-    int64_t n, pixel, c; /* strides */
+    ac_gn_image at;
+    int64_t c; /* stride */
 };
 
 struct job {
@@ -37,7 +36,7 @@ __device__ static inline float
 load(const job &g, int64_t n, int64_t pixel, int64_t c)
 {
     const image &i = c < g.c1 ? g.x : g.x2;
-    return ac_load(i.cells, n * i.n + pixel * i.pixel + (c < g.c1 ? c : c - g.c1) * i.c);
+    return ac_load(i.cells, n * i.at.n + pixel * i.at.pixel + (c < g.c1 ? c : c - g.c1) * i.c);
 }
 
 __device__ static inline float
@@ -130,26 +129,18 @@ apply_kernel(job g, int32_t width, int64_t run)
     for (int64_t pixel = from + y; pixel < to; pixel += height) {
         float v = load(g, n, pixel, c) + shift;
         v = (v - moment.x) * moment.y * gamma + beta;
-        ac_store(g.y.cells, n * g.y.n + pixel * g.y.pixel + c * g.y.c,
+        ac_store(g.y.cells, n * g.y.at.n + pixel * g.y.at.pixel + c * g.y.c,
                  ac_act_apply(g.act, v) * g.scale);
     }
 }
 
 /* ---- when, and how --------------------------------------------------------------------------- */
 
-/* Pixels at one distance; false when they are not. */
 static bool
 image_of(const ac_tensor *t, image *out)
 {
-    int32_t last = t->shape.rank - 1;
-    ac_shape pixels = {last - 1, {}};
-    for (int32_t d = 1; d < last; d++) {
-        pixels.dim[d - 1] = t->shape.dim[d];
-    }
-    const int64_t *const strides[] = {t->stride + 1};
-    ac_walk w = ac_walk_of(&pixels, 1, strides);
-    *out = {ac_cells_of(t), t->stride[0], w.rank ? w.stride[0][0] : 0, t->stride[last]};
-    return w.rank <= 1 && ac_cuda_float(t->dtype);
+    *out = {ac_cells_of(t), {}, t->stride[t->shape.rank - 1]};
+    return ac_gn_image_of(t, &out->at) && ac_cuda_float(t->dtype);
 }
 
 static bool

@@ -1,9 +1,9 @@
-/* group_norm by 16-byte vectors: what the two launches of group_norm_wide.cu share; see
- * group_norm.cu for the formula.
+/* group_norm by 16-byte vectors: what the kernel of one launch (group_norm_cluster.cu) and that of
+ * two (group_norm_wide.cu) share; see group_norm.cu for the formula.
  *
  * A block takes some pixels of a tile of channels, whole groups and whole vectors; a thread keeps
- * one vector's channels.  Sums run around a thread's own first value, which loses no digits to a
- * large mean, and are merged in an order that depends on the sizes alone. */
+ * one vector's channels.  Sums run around a value of the tensor, which loses no digits to a large
+ * mean, and are merged in an order that depends on the sizes alone. */
 #ifndef AC_CUDA_GROUP_NORM_CUH
 #define AC_CUDA_GROUP_NORM_CUH
 
@@ -32,6 +32,16 @@ struct ac_gn {
 /* Loads in flight of one thread: vectors at pixels y, y + height ... of a block's piece. */
 template <int V> struct ac_gn_run {
     uint4 raw[V];
+
+    /* Keeps the compiler from keeping what it has unpacked, which is twice as many registers. */
+    __device__ void
+    keep_packed()
+    {
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            asm volatile("" : "+r"(raw[i].x), "+r"(raw[i].y), "+r"(raw[i].z), "+r"(raw[i].w));
+        }
+    }
 };
 
 /* What a thread works on.  Threads are (vectors of a tile, rows of pixels). */
@@ -113,6 +123,37 @@ ac_gn_shift(const ac_gn &g, const ac_gn_place<T> &at)
     return g.shift ? *(const uint4 *)((const T *)g.shift + at.n * g.shift_n + at.c0 + at.c)
                    : make_uint4(0, 0, 0, 0);
 }
+
+/* ---- statistics ------------------------------------------------------------------------------ */
+
+/* Of a thread's channels. */
+template <typename T> struct ac_gn_sums {
+    using S = ac_moments_type<T>;
+    float pivot[ac_wide<T>];
+    S sum[ac_wide<T>], squares[ac_wide<T>];
+
+    __device__ explicit ac_gn_sums(uint4 near)
+    {
+        ac_unpack_wide<T>(pivot, near);
+#pragma unroll
+        for (int e = 0; e < ac_wide<T>; e++) {
+            sum[e] = squares[e] = 0;
+        }
+    }
+
+    __device__ void
+    add(uint4 raw)
+    {
+        float v[ac_wide<T>];
+        ac_unpack_wide<T>(v, raw);
+#pragma unroll
+        for (int e = 0; e < ac_wide<T>; e++) {
+            S d = v[e] - pivot[e];
+            sum[e] += d;
+            squares[e] += d * d;
+        }
+    }
+};
 
 /* ---- application ----------------------------------------------------------------------------- */
 
@@ -209,6 +250,8 @@ ac_gn_moments(const ac_gn &g, float3 all)
 
 /* ---- in group_norm_wide.cu ------------------------------------------------------------------- */
 
+/* False: pixels are not all at one distance. */
+bool ac_gn_image_of(const ac_tensor *t, ac_gn_image *out);
 /* All but tile and piece; false: not in vectors. */
 bool ac_gn_of(const ac_problem *p, ac_gn *g);
 /* At launch: addresses are known. */

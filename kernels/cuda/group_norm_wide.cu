@@ -11,38 +11,15 @@ static constexpr int AHEAD = 4;         /* loads in flight of a thread */
 
 /* ---- statistics ------------------------------------------------------------------------------ */
 
-/* Of a thread's channels. */
-template <typename T> struct thread_sums {
-    using S = ac_moments_type<T>;
-    float pivot[ac_wide<T>];
-    S sum[ac_wide<T>], squares[ac_wide<T>];
-
-    __device__ thread_sums(uint4 first)
-    {
-        ac_unpack_wide<T>(pivot, first);
+template <typename T, int V>
+__device__ static inline void
+add_run(ac_gn_sums<T> &sums, const ac_gn_run<V> &run)
+{
 #pragma unroll
-        for (int e = 0; e < ac_wide<T>; e++) {
-            sum[e] = squares[e] = 0;
-        }
+    for (int i = 0; i < V; i++) {
+        sums.add(run.raw[i]);
     }
-
-    template <int V>
-    __device__ void
-    add(const ac_gn_run<V> &run)
-    {
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            float v[ac_wide<T>];
-            ac_unpack_wide<T>(v, run.raw[i]);
-#pragma unroll
-            for (int e = 0; e < ac_wide<T>; e++) {
-                S d = v[e] - pivot[e];
-                sum[e] += d;
-                squares[e] += d * d;
-            }
-        }
-    }
-};
+}
 
 /* What a block's threads found: mean and squares of each channel over each row of threads, in
  * pairs of channels so that neighbouring threads write neighbouring 16 bytes. */
@@ -50,7 +27,7 @@ template <typename T, int THREADS> struct channel_table {
     float4 pair[THREADS * ac_wide<T> / 2]; /* [height][pair of the vector][width] */
 
     __device__ void
-    put(const ac_gn_place<T> &at, const thread_sums<T> &s, uint4 raw_shift, int32_t count)
+    put(const ac_gn_place<T> &at, const ac_gn_sums<T> &s, uint4 raw_shift, int32_t count)
     {
         using S = ac_moments_type<T>;
         S each = ac_quotient((S)1, (S)count);
@@ -115,11 +92,11 @@ parts_kernel(const __grid_constant__ ac_gn g, float2 *parts)
         ac_gn_run<AHEAD> run;
         at.load(run, first, first, to);
         uint4 shift = ac_gn_shift(g, at);
-        thread_sums<T> sums(run.raw[0]);
-        sums.add(run);
+        ac_gn_sums<T> sums(run.raw[0]);
+        add_run(sums, run);
         for (int32_t p = first + AHEAD * at.rows; p < to; p += AHEAD * at.rows) {
             at.load(run, p, first, to);
-            sums.add(run);
+            add_run(sums, run);
         }
         table.put(at, sums, shift, (to - first + at.rows - 1) / at.rows);
     }
@@ -180,11 +157,10 @@ apply_kernel(const __grid_constant__ ac_gn g, const float2 *parts, int32_t piece
 
 /* ---- when, and how --------------------------------------------------------------------------- */
 
-/* Pixels at one distance, all in whole vectors. */
-static bool
-image_of(const ac_tensor *t, ac_dtype dtype, ac_gn_image *out)
+bool
+ac_gn_image_of(const ac_tensor *t, ac_gn_image *out)
 {
-    int32_t last = t->shape.rank - 1, wide = 16 / (int32_t)ac_dtype_size(dtype);
+    int32_t last = t->shape.rank - 1;
     ac_shape pixels = {last - 1, {}};
     for (int32_t d = 1; d < last; d++) {
         pixels.dim[d - 1] = t->shape.dim[d];
@@ -192,8 +168,16 @@ image_of(const ac_tensor *t, ac_dtype dtype, ac_gn_image *out)
     const int64_t *const strides[] = {t->stride + 1};
     ac_walk w = ac_walk_of(&pixels, 1, strides);
     *out = ac_gn_image{t->data, t->stride[0], w.rank ? w.stride[0][0] : 0};
-    return w.rank <= 1 && t->dtype == dtype && t->stride[last] == 1 && out->n % wide == 0 &&
-           out->pixel % wide == 0 && t->shape.dim[last] % wide == 0;
+    return w.rank <= 1;
+}
+
+/* All in whole vectors. */
+static bool
+image_fits(const ac_tensor *t, ac_dtype dtype, ac_gn_image *out)
+{
+    int32_t last = t->shape.rank - 1, wide = 16 / (int32_t)ac_dtype_size(dtype);
+    return ac_gn_image_of(t, out) && t->dtype == dtype && t->stride[last] == 1 &&
+           out->n % wide == 0 && out->pixel % wide == 0 && t->shape.dim[last] % wide == 0;
 }
 
 static bool
@@ -211,8 +195,8 @@ ac_gn_of(const ac_problem *p, ac_gn *g)
     int32_t last = y->shape.rank - 1, wide = 16 / (int32_t)ac_dtype_size(y->dtype);
     int64_t pixels = 1;
     *g = {};
-    if (!ac_cuda_float(y->dtype) || !image_of(x, y->dtype, &g->x) ||
-        (x2 && !image_of(x2, y->dtype, &g->x2)) || !image_of(y, y->dtype, &g->y) ||
+    if (!ac_cuda_float(y->dtype) || !image_fits(x, y->dtype, &g->x) ||
+        (x2 && !image_fits(x2, y->dtype, &g->x2)) || !image_fits(y, y->dtype, &g->y) ||
         !row_fits(gamma, 0, y->dtype) || !row_fits(beta, 0, y->dtype) ||
         (shift && !row_fits(shift, 1, y->dtype))) {
         return false;

@@ -19,6 +19,7 @@ extern "C" {
     X(ac_cuda_conv2d_plain)                                                                        \
     X(ac_cuda_up_conv2d_mma)                                                                       \
     X(ac_cuda_up_conv2d_plain)                                                                     \
+    X(ac_cuda_group_norm_cluster)                                                                  \
     X(ac_cuda_group_norm_wide)                                                                     \
     X(ac_cuda_group_norm)                                                                          \
     X(ac_cuda_layer_norm_wide)                                                                     \
