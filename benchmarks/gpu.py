@@ -9,7 +9,8 @@
                 the given seconds; and the first call of accel's, with no cache of measured
                 choices and, in another process, with the one that this left
     pipelines   prompt to tensor, stock against accel.compile(pipe)
-    memory      the fall of the GPU's free memory in a fresh process, one for each competitor
+    memory      the fall of the GPU's free memory while a fresh process compiles and draws, its
+                context and libraries included, one for each competitor
 
 Competitors take turns in one process, every other round in the opposite order; a round is some
 calls of each between two CUDA events, and what counts is the median over the rounds.  Weights and
@@ -345,34 +346,86 @@ def pipelines(names, runs):
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def memory_of(kind, who):
-    """In a fresh process: the largest fall of the free memory while a pipeline draws."""
+def memory_life(kind, who):
+    """The life of a pipeline: a line for memory_of after each part, and a wait for the answer."""
+    import diffusers
     import torch
+    import transformers
 
-    if gpu_networks.TINY:
-        draw(pipe_of(kind, who == "accel"), 2, 64)
-        return {"fall": 0, "after_del": 0}
-    at_start = torch.cuda.mem_get_info()[0]
-    least, done = [at_start], threading.Event()
+    import accel
 
-    def watch():
-        while not done.is_set():
-            least[0] = min(least[0], torch.cuda.mem_get_info()[0])
-            time.sleep(0.002)
+    def reached(state, **figures):
+        print(json.dumps({"state": state} | figures), flush=True)
+        input()
 
-    thread = threading.Thread(target=watch)
-    thread.start()
+    reached("imported", versions=[m.__version__ for m in (diffusers, transformers, accel)])
+    if not gpu_networks.TINY:
+        torch.cuda.mem_get_info()
+    reached("opened")
+    pipe = pipe_of(kind, False)
+    weights = sum(p.nbytes for m in pipe.components.values() if isinstance(m, torch.nn.Module)
+                  for p in m.parameters())
+    free()
+    reached("built", weights=weights)
+    if who == "accel":
+        pipe = accel.compile(pipe)
     _, steps, size = PIPELINES[kind]
-    pipe = pipe_of(kind, who == "accel")
     for _ in range(2):
         draw(pipe, min(steps, 6), size)
-    done.set()
-    thread.join()
+    if who == "accel":
+        assert accel.report(pipe)["loop"]["native"] == 2, accel.report(pipe)
+    reached("drawn")
     del pipe
     free()
     sync()
-    return {"fall": at_start - min(least[0], torch.cuda.mem_get_info()[0]),
-            "after_del": at_start - torch.cuda.mem_get_info()[0]}
+    reached("deleted")
+
+
+def memory_of(kind, who):
+    """The largest fall of the free memory in a process that compiles and draws, seen from here: its
+    context and its libraries are in it, and what making the random weights took is not."""
+    import torch
+
+    def available():
+        return 0 if gpu_networks.TINY else torch.cuda.mem_get_info()[0]
+
+    def go_on(state):
+        """Lets it go on until it is there; what it says then."""
+        if state != "imported":
+            life.stdin.write("\n")
+            life.stdin.flush()
+        for line in life.stdout:
+            if line.startswith('{"state"') and json.loads(line)["state"] == state:
+                return json.loads(line)
+        errors.seek(0)
+        raise RuntimeError(f"{who} ended before it was {state}: {errors.read()[-1500:]}")
+
+    def watch():
+        while not done.is_set():
+            least[0] = min(least[0], available())
+            time.sleep(0.001)
+
+    command = [sys.executable, __file__, "--memory-life", kind, who]
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+            command + ["--tiny"] * gpu_networks.TINY, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=errors, text=True) as life:
+        go_on("imported")
+        available()  # opens this process' own context
+        at_start = available()
+        go_on("opened")
+        found = {"context": at_start - available()}
+        found["weights"] = go_on("built")["weights"]
+        least, done = [available()], threading.Event()
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            go_on("drawn")
+        finally:
+            done.set()
+            thread.join()
+        least[0] = min(least[0], available())
+        go_on("deleted")
+        return {"fall": at_start - least[0], "after_del": at_start - available()} | found
 
 
 def memory(names):
@@ -441,6 +494,7 @@ def main():
     parser.add_argument("--record", metavar="FOLDER", help="write <date>-<gpu>.json there")
     parser.add_argument("--tiny", action="store_true", help="try this script on the CPU")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-life", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--warm-calls", help=argparse.SUPPRESS)
     args = parser.parse_args()
     gpu_networks.TINY = args.tiny
@@ -451,6 +505,9 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = False
     if args.memory_of:
         print(json.dumps(memory_of(*args.memory_of)))
+        return
+    if args.memory_life:
+        memory_life(*args.memory_life)
         return
     if args.warm_calls is not None:
         print(json.dumps(warm_calls([n for n in args.warm_calls.split(",") if n])))

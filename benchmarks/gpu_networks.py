@@ -27,7 +27,6 @@ def free():
     torch.cuda.empty_cache()
 
 
-
 def config_of(name):
     """Return a published config, or with --tiny a small one of that kind."""
     config = json.loads((CONFIGS / f"{name}.json").read_text())
@@ -47,31 +46,46 @@ def config_of(name):
 
 
 def make(name, dtype):
-    """The module of a published config with random weights, made on the GPU."""
+    """The module of a published config with random weights, made on the GPU in that dtype: one in
+    float32 first would leave PyTorch's cache full."""
     import torch
 
     config = config_of(name)
-    with torch.device(device()):
-        if "architectures" in config:
-            import transformers
-
-            cls = getattr(transformers, config["architectures"][0])
-            module = cls(transformers.CLIPTextConfig(**config))
-        else:
-            import diffusers
-
-            cls = getattr(diffusers, config["_class_name"])
-            module = cls(**{k: v for k, v in config.items() if not k.startswith("_")})
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        module = new(config)
+    finally:
+        torch.set_default_dtype(before)
     generator = torch.Generator(device()).manual_seed(0)
     with torch.no_grad():
         for key, p in module.named_parameters():
-            value = torch.randn(p.shape, generator=generator, device=device())
+            value = torch.randn(p.shape, generator=generator, device=device(), dtype=torch.float32)
             if p.ndim == 1:
                 value = value.mul_(0.1).add_(1.0 if key.endswith("weight") else 0.0)
             elif "embedding" not in key or "linear" in key:
                 value = value.mul_(p[0].numel() ** -0.5)
             p.copy_(value)
     return module.to(dtype).eval()
+
+
+def new(config):
+    """A module on the GPU in PyTorch's default dtype."""
+    import torch
+
+    with torch.device(device()):
+        if "architectures" in config:
+            import transformers
+
+            cls = getattr(transformers, config["architectures"][0])
+            fields = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+            module = cls(transformers.CLIPTextConfig(**fields, dtype=torch.get_default_dtype()))
+        else:
+            import diffusers
+
+            cls = getattr(diffusers, config["_class_name"])
+            module = cls(**{k: v for k, v in config.items() if not k.startswith("_")})
+    return module
 
 
 def randn(*shape, seed, dtype):
