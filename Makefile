@@ -40,8 +40,8 @@ NVCC             ?= nvcc
 # empty: from 75 on all that nvcc knows.
 ACCEL_CUDA_ARCHS ?=
 CUDA_SO          := python/accel/libaccel_cuda.so
-# Headers of NVIDIA's libraries: those of nvcc, of NVIDIA's pip packages, of `make cuda-headers`.
-# Without a header the files that need it are left out.
+# Headers of NVIDIA's libraries: those of nvcc, of the system, of `make cuda-headers`, of NVIDIA's pip
+# packages; one of too old a version is passed over.  Without one what needs it is left out.
 NVCC_PATH        := $(shell command -v $(NVCC))
 CUDA_KNOWN       := $(if $(NVCC_PATH),$(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch)))
 CUDA_ALL         := $(foreach a,75 80 86 89 90a 100 120,$(if $(filter $(a:a=),$(CUDA_KNOWN)),$(a)))
@@ -52,9 +52,11 @@ GENCODE          := $(foreach a,$(CUDA_ARCHS:+PTX=),-gencode arch=compute_$(a),c
 CUDA_INCLUDES    := $(if $(NVCC_PATH),$(dir $(realpath $(NVCC_PATH)))../include /usr/local/cuda/include /usr/include \
                       $(wildcard build/headers/nvidia/*/include $(SITE)/nvidia/*/include $(or $(VENV),.venv)/lib/python3*/site-packages/nvidia/*/include) \
                       $(shell python3 -c 'import glob, nvidia; [print(f) for p in nvidia.__path__ for f in glob.glob(p + "/*/include")]' 2>/dev/null))
-cuda_header       = $(if $(NVCC_PATH),$(firstword $(foreach d,$(2) $(CUDA_INCLUDES),$(wildcard $(d)/$(1)))))
-CUBLAS_HEADER    := $(call cuda_header,cublasLt.h,$(CUBLAS_INCLUDE))
-CUDNN_HEADER     := $(call cuda_header,cudnn_backend.h,$(CUDNN_INCLUDE))
+# Its name, a folder to look in first; the header beside it that defines the version's macro, the least.
+cuda_header       = $(if $(NVCC_PATH),$(firstword $(foreach h,$(foreach d,$(2) $(CUDA_INCLUDES),$(wildcard $(d)/$(1))), \
+                      $(if $(shell awk '$$2 == "$(4)" && $$3 >= $(5)' $(dir $(h))$(3) 2>/dev/null),$(h)))))
+CUBLAS_HEADER    := $(call cuda_header,cublasLt.h,$(CUBLAS_INCLUDE),cublas_api.h,CUBLAS_VER_MAJOR,12)
+CUDNN_HEADER     := $(call cuda_header,cudnn_backend.h,$(CUDNN_INCLUDE),cudnn_version.h,CUDNN_MAJOR,9)
 CUDA_FLAGS       := $(if $(CUBLAS_HEADER),-DAC_HAVE_CUBLASLT -isystem $(dir $(CUBLAS_HEADER))) \
                     $(if $(CUDNN_HEADER),-DAC_HAVE_CUDNN -isystem $(dir $(CUDNN_HEADER)))
 CUDA_C           := $(filter-out $(if $(CUBLAS_HEADER),,$(wildcard kernels/cuda/cublaslt*)) $(if $(CUDNN_HEADER),,$(wildcard kernels/cuda/cudnn*)),$(wildcard kernels/cuda/*.c))
@@ -79,8 +81,8 @@ $(B)/cuda/%.o: %.c $(B)/cuda/archs $(wildcard kernels/cuda/*.h) csrc/base.h csrc
 
 $(CUDA_SO): $(CUDA_OBJ)
 	@mkdir -p $(@D)
-	$(if $(CUBLAS_HEADER),,@echo "cuda: WITHOUT cuBLASLt: no cublasLt.h was found; make cuda-headers fetches it")
-	$(if $(CUDNN_HEADER),,@echo "cuda: WITHOUT cuDNN: no cudnn_backend.h was found; make cuda-headers fetches it")
+	$(if $(CUBLAS_HEADER),,@echo "cuda: WITHOUT cuBLASLt: no cublasLt.h of 12 or later was found; make cuda-headers fetches it")
+	$(if $(CUDNN_HEADER),,@echo "cuda: WITHOUT cuDNN: no cudnn_backend.h of 9 or later was found; make cuda-headers fetches it")
 	$(NVCC) -shared -cudart static $(GENCODE) $^ -ldl -lpthread -o $@
 
 cuda: ## the CUDA library, where nvcc is found
@@ -96,7 +98,13 @@ cuda-headers: $(PY) ## cuBLASLt's and cuDNN's headers into build/headers, from N
 	@rm -rf build/headers/wheels
 
 GPU_TESTS := $(patsubst tests/c/%.c,$(B)/tests/%,$(wildcard tests/c/test_cuda*.c)) \
-             $(addprefix $(B)/tests/,test_seam test_kernels test_fused test_fused_random)
+             $(addprefix $(B)/tests/,test_seam test_kernels test_fused test_fused_random cuda_own)
+
+# The backend's objects, not its library, which hides what this calls.
+$(B)/tests/cuda_own: $(B)/cuda/tests/c/cuda_own.o $(CUDA_OBJ) $(B)/libaccel.a
+	@mkdir -p $(@D)
+	$(NVCC) -cudart static $(GENCODE) $^ -lm -ldl -lpthread -o $@
+$(B)/cuda/tests/c/cuda_own.o: tests/c/test.h
 
 # RECORD: the file of the record; ONLY: parts by a regex; LIMIT: seconds, stops what runs longer.
 test-gpu: ## the checks that need a GPU, and their record; installs nothing
@@ -143,10 +151,11 @@ test-install: $(PY) ## what the tests need, into .venv
 	    echo "cuda: NO HEADERS of cuBLASLt and cuDNN: what calls them is not compiled"; fi
 
 # That all compiles is seen with one.
-TEST_ARCHS := $(or $(ACCEL_CUDA_ARCHS),90a)
+TEST_ARCHS := $(or $(ACCEL_CUDA_ARCHS),$(if $(NVCC_PATH),90a))
 test-build: $(PY) ## the extension, the C tests, and the GPU library where nvcc is
 	CPPFLAGS=-Werror ACCEL_CUDA_ARCHS="$(TEST_ARCHS)" $(PIP) install --no-build-isolation --no-deps -e .
-	$(MAKE) --no-print-directory -j$(shell nproc) $(CTESTS)
+	$(MAKE) --no-print-directory -j$(shell nproc) ACCEL_CUDA_ARCHS="$(TEST_ARCHS)" $(CTESTS) \
+	    $(if $(NVCC_PATH),$(B)/tests/cuda_own)
 
 test-run: check-c ## lint, C tests, Python tests, and both ways to install
 	$(PY) tools/lint.py

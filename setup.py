@@ -10,12 +10,14 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -40,34 +42,47 @@ CUDA_LIBRARY = "libaccel_cuda.so"
 
 def why_no_cuda(nvcc, make):
     """The reason not to build the GPU part, or None."""
-    if os.environ.get("ACCEL_CUDA_ARCHS") == "none":
-        return "ACCEL_CUDA_ARCHS is none"
     if nvcc is None or make is None:
         return f"no {'make' if nvcc else 'nvcc'} was found"
     told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.", told)
     if release and int(release[1]) < 12:
         return f"found nvcc {release[1]}, expected 12 or later"
-    return None
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe.cu"
+        probe.write_text("#include <cuda_runtime_api.h>\n__global__ void probe() {}\n")
+        tried = subprocess.run([nvcc, "-std=c++20", "-c", probe, "-o", probe.with_suffix(".o")],
+                               capture_output=True, text=True)
+    said = (tried.stderr + tried.stdout).strip().splitlines()
+    first = next((line for line in said if "error" in line.lower()), (said or ["no output"])[0])
+    return f"{nvcc} compiles nothing: {first.strip()}" if tried.returncode else None
 
 
 def build_cuda(folder):
-    """Builds libaccel_cuda.so into `folder` where nvcc is found; says in one line when it is not.
+    """Builds libaccel_cuda.so into `folder` where nvcc can; says in one line when it cannot, which
+    is an error where ACCEL_CUDA_ARCHS asks for it.
 
     The Makefile has the rules and reads ACCEL_CUDA_ARCHS.  The host part does not depend on it.
     """
+    archs = os.environ.get("ACCEL_CUDA_ARCHS", "").strip()
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     make = shutil.which("make")
-    reason = why_no_cuda(nvcc, make)
+    reason = "ACCEL_CUDA_ARCHS is none" if archs == "none" else why_no_cuda(nvcc, make)
+    if reason and archs not in ("", "none"):
+        raise CompileError(f"accel: ACCEL_CUDA_ARCHS={archs}: the GPU part cannot be built: "
+                           f"{reason}")
     if reason:
         print(f"accel: skipped the GPU part: {reason}")
-    else:
-        target = str(Path(folder).resolve() / CUDA_LIBRARY)
-        # NVIDIA's headers may lie beside the user's PyTorch, which pip's isolation does not see.
-        site = sysconfig.get_path("purelib")
-        subprocess.run([make, f"-j{os.cpu_count() or 1}", f"NVCC={nvcc}", f"SITE={site}",
-                        f"CUDA_SO={target}", target], cwd=ROOT, check=True)
+        return
+    target = str(Path(folder).resolve() / CUDA_LIBRARY)
+    # NVIDIA's headers may lie beside the user's PyTorch, which pip's isolation does not see.
+    site = sysconfig.get_path("purelib")
+    status = subprocess.call([make, f"-j{os.cpu_count() or 1}", f"NVCC={nvcc}", f"SITE={site}",
+                              f"CUDA_SO={target}", target], cwd=ROOT)
+    if status:
+        raise CompileError("accel: the GPU part did not build, the compiler's words are above; "
+                           "ACCEL_CUDA_ARCHS=none installs without it")
 
 
 def newer(source, target, also):
