@@ -7,6 +7,7 @@ derived weight already there. Values, shapes and names stay; state_dict, load_st
 deepcopy go on as before.
 """
 
+import contextlib
 import re
 
 import torch
@@ -26,6 +27,15 @@ def joins(keys):
     return [match[1].split(",") for match in found if match]
 
 
+@contextlib.contextmanager
+def normal():
+    """Tensors that are made here count their changes, also for a caller in inference mode, who may
+    change parameters outside of it later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@normal()
 def lay_out(keys, parameters):
     """Moves what the plan with these derived weights wants elsewhere.
 
@@ -81,6 +91,7 @@ def give_back():
     torch.cuda.empty_cache()
 
 
+@normal()
 def separate(parameters):
     """Gives every parameter contiguous memory of its own again."""
     for p in parameters:

@@ -154,6 +154,15 @@ def test_channels_last(dtype):
     assert accel.report(fast)["copied_bytes"] == 0
 
 
+def test_channels_last_first_called_in_inference_mode():
+    fast = accel.compile(module("unet").to(memory_format=torch.channels_last))
+    with torch.inference_mode():
+        before = agrees(fast)
+    assert accel.report(fast)["copied_bytes"] > 0
+    fast.conv_in.weight.data.mul_(1.5)
+    assert not close(agrees(fast), before, 1e-3)
+
+
 def test_state_dict_and_save(tmp_path):
     fast = accel.compile(module("unet"))
     agrees(fast)

@@ -397,6 +397,24 @@ def test_a_caller_who_records_a_pipeline(sd_folder, monkeypatch):
     assert accel.report(pipes[1])["components"]["unet"]["native_runs"] == 0
 
 
+@pytest.mark.usefixtures("_by_version")
+@pytest.mark.parametrize("kind", ["unet", "vae", "text_encoder"])
+def test_a_first_call_in_inference_mode(kind):
+    """What moves then still counts its changes, and a later one is seen."""
+    plain, fast = module(kind), accel.compile(module(kind))
+    args, named = inputs(kind)
+    with torch.inference_mode(), ran(fast, native=1):
+        call(fast, kind, args, named)
+    assert any(joined(fast)) and not any(p.is_inference() for p in fast.parameters())
+    with torch.no_grad():
+        for p, q in zip(plain.parameters(), fast.parameters(), strict=True):
+            p.mul_(1.1)
+            q.mul_(1.1)
+    again(plain, fast, kind)
+    accel.decompile(fast)
+    assert not any(joined(fast)) and not any(p.is_inference() for p in fast.parameters())
+
+
 def test_tied_parameters_are_left_alone():
     plain, fast = module("unet"), accel.compile(module("unet"))
     for m in (plain, fast):
