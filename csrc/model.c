@@ -10,8 +10,13 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Plans kept.  A UNet of SDXL costs about 2 MB a plan on the host, and what its execs keep. */
-#define MAX_PLANS 8
+/* Plans kept: PLANS_ALWAYS of any size, up to PLANS_MOST while they keep little on the device.
+ * One of SD 1.5's (SDXL's) UNet takes 0.8 (2) MB on the host and 8 (51) MB of K and V on the device
+ * at batch 2, and a recording.  When it went its next call plans for 2 (4) ms, waits for the device
+ * and launches step by step: who goes round over more sizes than are kept never replays. */
+#define PLANS_ALWAYS 8
+#define PLANS_MOST 32
+#define LITTLE_BYTES ((size_t)64 << 20)
 #define MAX_IDLE_EXECS 4 /* a plan; more exist only while that many runs overlap */
 
 typedef struct pooled_exec {
@@ -42,6 +47,7 @@ struct ac_model {
     uint64_t clock;
     uint64_t generation;      /* of the weights when `signature` was made */
     uint64_t signature;       /* of their names, dtypes and shapes */
+    size_t weight_bytes;      /* of them all, at that time */
     int64_t runs;
     double plan_ms;
     char unrecorded[256];     /* as an exec first said it */
@@ -50,15 +56,17 @@ struct ac_model {
 /* ---- life ------------------------------------------------------------------------------------ */
 
 static uint64_t
-signature_of(const ac_weights *weights)
+signature_of(const ac_weights *weights, size_t *bytes)
 {
     uint64_t hash = AC_HASH_SEED;
+    *bytes = 0;
     for (int32_t i = 0; weights && i < ac_weights_count(weights); i++) {
         const char *name = ac_weights_name(weights, i);
         const ac_tensor *t = ac_weights_find(weights, name);
         hash = ac_hash(name, strlen(name), hash);
         hash = ac_hash(&t->dtype, sizeof t->dtype, hash);
         hash = ac_hash(t->shape.dim, sizeof t->shape.dim, hash);
+        *bytes += ac_tensor_bytes(t);
     }
     return hash;
 }
@@ -79,7 +87,7 @@ init(ac_model *m, const ac_json *config, ac_weights *weights, const char *device
         m->weights = ac_weights_ref(weights);
         AC_TRY(ac_model_check_weights(m->cls, m->config, weights));
         m->generation = ac_weights_generation(weights);
-        m->signature = signature_of(weights);
+        m->signature = signature_of(weights, &m->weight_bytes);
     }
     return AC_OK;
 }
@@ -295,31 +303,45 @@ drop_idle(ac_model *m)
     }
 }
 
-/* Keeps the cache small: the least recently used plan that no run is on goes. */
-static void
-evict(ac_model *m)
+static size_t
+kept_bytes(const ac_model *m)
 {
-    while (m->n_plans >= MAX_PLANS) {
-        int32_t oldest = -1;
-        for (int32_t i = 0; i < m->n_plans; i++) {
-            if (!plan_busy(m->plans[i]) &&
-                (oldest < 0 || m->plans[i]->used < m->plans[oldest]->used)) {
-                oldest = i;
-            }
-        }
-        if (oldest < 0) {
-            return;
-        }
-        remove_plan(m, oldest);
+    size_t bytes = 0;
+    for (int32_t i = 0; i < m->n_plans; i++) {
+        bytes += m->plans[i]->plan->keep_bytes * (size_t)m->plans[i]->n_execs;
     }
+    return bytes;
 }
 
+/* Whether there is no room for one more, which will keep `bytes`.  Where a replay saves much of a
+ * call, a quarter of what the weights take is little: 25 sizes of SDXL. */
+static bool
+crowded(const ac_model *m, size_t bytes)
+{
+    size_t share = m->device->backend->record_begin ? m->weight_bytes / 4 : 0;
+    return m->n_plans >= PLANS_MOST ||
+           (m->n_plans >= PLANS_ALWAYS && kept_bytes(m) + bytes > AC_MAX(share, LITTLE_BYTES));
+}
+
+/* For the new one the least recently used ones go that no run is on. */
 static ac_status
 keep_plan(ac_model *m, cached_plan *p)
 {
-    evict(m);
+    while (crowded(m, p->plan->keep_bytes)) {
+        int32_t oldest = AC_NONE;
+        for (int32_t i = 0; i < m->n_plans; i++) {
+            if (!plan_busy(m->plans[i]) &&
+                (oldest == AC_NONE || m->plans[i]->used < m->plans[oldest]->used)) {
+                oldest = i;
+            }
+        }
+        if (oldest == AC_NONE) {
+            break;
+        }
+        remove_plan(m, oldest);
+    }
     if (m->n_plans == m->cap_plans) {
-        int32_t capacity = AC_MAX(2 * m->cap_plans, MAX_PLANS);
+        int32_t capacity = AC_MAX(2 * m->cap_plans, PLANS_ALWAYS);
         cached_plan **grown = ac_realloc(m->plans, (size_t)capacity * sizeof *grown);
         if (!grown) {
             return ac_no_memory((size_t)capacity * sizeof *grown);
@@ -338,11 +360,11 @@ follow_weights(ac_model *m)
     if (!m->weights || ac_weights_generation(m->weights) == m->generation) {
         return AC_OK;
     }
-    uint64_t signature = signature_of(m->weights);
+    uint64_t signature = signature_of(m->weights, &m->weight_bytes);
     if (signature != m->signature) {
         drop_idle(m);
         AC_TRY(ac_model_check_weights(m->cls, m->config, m->weights));
-        signature = signature_of(m->weights);
+        signature = signature_of(m->weights, &m->weight_bytes);
     }
     m->generation = ac_weights_generation(m->weights);
     m->signature = signature;
@@ -563,12 +585,12 @@ void
 ac_model_get_stats(ac_model *m, ac_model_stats *out)
 {
     ac_lock(&m->lock);
-    *out = (ac_model_stats){.runs = m->runs, .plans = m->n_plans, .plan_ms = m->plan_ms};
+    *out = (ac_model_stats){.runs = m->runs, .plans = m->n_plans, .plan_ms = m->plan_ms,
+                            .keep_bytes = kept_bytes(m)};
     memcpy(out->unrecorded, m->unrecorded, sizeof out->unrecorded);
     for (int32_t i = 0; i < m->n_plans; i++) {
         const cached_plan *p = m->plans[i];
         out->execs += p->n_execs;
-        out->keep_bytes += p->plan->keep_bytes * (size_t)p->n_execs;
         if (p->plan->arena_bytes >= out->arena_bytes) {
             out->arena_bytes = p->plan->arena_bytes;
             out->bound_bytes = p->plan->bound_bytes;

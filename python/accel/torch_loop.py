@@ -214,7 +214,7 @@ class Loop:
                           tf32=args["tf32"], **options, **{listener: step})
 
         try:
-            with_room(self.latents.device, run, lambda: self.next == first)
+            with_room(model, self.latents.device, run, lambda: self.next == first)
         except REFUSALS as error:
             if self.started:
                 raise

@@ -237,10 +237,12 @@ class Native:
     def _copy(self, name, p):
         """channels_last and other permuted parameters: a contiguous copy, on the CPU with a
         checksum over the original's memory that tells when to copy again."""
+        from .torch_layout import normal
         from .torch_watch import Fallback
 
-        if p.is_cuda:
+        with normal():
             copy = p.contiguous()
+        if p.is_cuda:
             self.copies[name] = (p, copy, None)
             return copy
         order = sorted(range(p.ndim), key=lambda d: p.stride(d), reverse=True)
@@ -250,7 +252,6 @@ class Native:
         if self.raw is None:
             self.raw = _core.Weights()
         self.raw.set(name, flat)
-        copy = p.contiguous()
         self.copies[name] = (p, copy, self.raw.checksum((name,)))
         return copy
 
@@ -460,8 +461,8 @@ class Native:
             self.active += 1
         try:
             inputs = {n: t.detach() for n, t in request.inputs.items()}
-            with_room(device, lambda: model.run(request.args, inputs, outputs, token,
-                                                stream=stream))
+            with_room(model, device, lambda: model.run(request.args, inputs, outputs, token,
+                                                       stream=stream))
         finally:
             with self.lock:
                 self.active -= 1
@@ -488,8 +489,9 @@ def share_memory(model):
     return api is not None and model.use_memory(api)
 
 
-def with_room(device, run, again=lambda: True):
-    """run(), and if memory was short once more, with what PyTorch keeps for later given back."""
+def with_room(model, device, run, again=lambda: True):
+    """run(), and if memory was short once more, without the model's other plans and what PyTorch
+    keeps for later."""
     import torch
 
     try:
@@ -497,6 +499,7 @@ def with_room(device, run, again=lambda: True):
     except OutOfMemory:
         if device.type != "cuda" or not again():
             raise
+    model.drop_plans()
     torch.cuda.empty_cache()
     return run()
 

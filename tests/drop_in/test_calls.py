@@ -472,3 +472,38 @@ def test_threads_are_pytorchs_unless_chosen():
         torch.set_num_threads(before)
         accel.set_num_threads(0)
     assert all(torch.equal(results[0], r) for r in results)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def test_short_memory_is_tried_again_with_all_that_can_go(monkeypatch):
+    """What a GPU does: the model's other plans go first, then what PyTorch keeps; no third try."""
+    from accel.torch_native import with_room
+
+    done = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("cache"))
+
+    class Model:
+        def drop_plans(self):
+            done.append("plans")
+
+    def run(failures):
+        def attempt():
+            done.append("run")
+            if done.count("run") <= failures:
+                raise accel.OutOfMemory("short")
+            return 5
+
+        return attempt
+
+    cuda = torch.device("cuda", 0)
+    assert with_room(Model(), cuda, run(0)) == 5 and done == ["run"]
+    done.clear()
+    assert with_room(Model(), cuda, run(1)) == 5 and done == ["run", "plans", "cache", "run"]
+    for device, again, count in ((cuda, lambda: True, 2), (cuda, lambda: False, 1),
+                                 (torch.device("cpu"), lambda: True, 1)):
+        done.clear()
+        with pytest.raises(accel.OutOfMemory):
+            with_room(Model(), device, run(9), again)
+        assert done.count("run") == count

@@ -326,6 +326,49 @@ def test_a_recording_that_failed_is_reported(unet):
     assert "one by one" not in str(accel.report(unet))
 
 
+def planned(unet, sizes, results):
+    """How often a round over sizes (batch, size, tokens) plans; plan_ms is the newest plan's own.
+    The results of one size are the same each time."""
+    count = 0
+    for size in sizes:
+        before = unet.stats["plan_ms"]
+        sample, states = unet_inputs(*size)
+        found = unet(sample, 10, states)
+        assert np.array_equal(found, results.setdefault(size, found))
+        count += unet.stats["plan_ms"] != before
+    return count
+
+
+def test_twenty_alternating_sizes_are_planned_once():
+    unet, results = make(accel.UNet, UNET), {}
+    sizes = [(1 + i % 3, 8 + 8 * (i % 5), 5 + i) for i in range(20)]
+    assert [planned(unet, sizes, results) for _ in range(4)] == [20, 0, 0, 0]
+    assert unet.stats["plans"] == unet.stats["execs"] == 20
+
+
+def test_plans_are_not_kept_without_end():
+    """The least recently used ones go."""
+    unet, results = make(accel.UNet, UNET), {}
+    sizes = [(1, 8, 1 + i) for i in range(40)]
+    assert planned(unet, sizes, results) == 40
+    stats = unet.stats
+    assert stats["plans"] == stats["execs"] == 32 and stats["keep_bytes"] > 0
+    assert planned(unet, sizes[8:], results) == 0
+    assert planned(unet, sizes[:8], results) == 8 and planned(unet, sizes[16:], results) == 0
+
+
+def test_plans_that_keep_much_are_few():
+    """Here they keep K and V of 9 MB and more; eight of them whatever that is."""
+    unet, results = make(accel.UNet, UNET), {}
+    sizes = [(1, 8, 24000 + i) for i in range(9)]
+    assert planned(unet, sizes, results) == 9
+    stats = unet.stats
+    assert stats["plans"] == 8 and stats["keep_bytes"] > 64 << 20
+    small = [(1, 8, 1 + i) for i in range(20)]
+    assert planned(unet, small, results) == 20  # the large ones go as they grow old
+    assert planned(unet, small, results) == 0 and unet.stats["keep_bytes"] < 64 << 20
+
+
 def test_plans_and_explain(unet):
     text = unet.explain(height=8, width=8, tokens=5)
     assert "conv_in" in text and "arena" in text
