@@ -384,9 +384,10 @@ def memory_life(kind, who):
 def memory_of(kind, who):
     """The largest fall of the free memory in a process that compiles and draws, seen from here: its
     context and its libraries are in it, and what making the random weights took is not."""
-    import torch
 
     def available():
+        import torch  # while the other process does, too
+
         return 0 if gpu_networks.TINY else torch.cuda.mem_get_info()[0]
 
     def go_on(state):
@@ -409,8 +410,8 @@ def memory_of(kind, who):
     with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
             command + ["--tiny"] * gpu_networks.TINY, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=errors, text=True) as life:
-        go_on("imported")
         available()  # opens this process' own context
+        go_on("imported")
         at_start = available()
         go_on("opened")
         found = {"context": at_start - available()}
@@ -498,14 +499,14 @@ def main():
     parser.add_argument("--warm-calls", help=argparse.SUPPRESS)
     args = parser.parse_args()
     gpu_networks.TINY = args.tiny
+    if args.memory_of:
+        print(json.dumps(memory_of(*args.memory_of)))
+        return
     import torch
 
     torch.set_grad_enabled(False)
     torch.backends.cudnn.allow_tf32 = False  # the truth is without
     torch.backends.cuda.matmul.allow_tf32 = False
-    if args.memory_of:
-        print(json.dumps(memory_of(*args.memory_of)))
-        return
     if args.memory_life:
         memory_life(*args.memory_life)
         return

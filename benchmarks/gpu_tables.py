@@ -74,14 +74,17 @@ def test_lines(record):
     """What make test-gpu says, a line each."""
     tests, runs = record["tests"], record["kernel_runs"]
     yield (f"make test-gpu: {'passed' if record['passed'] else 'FAILED'} in "
-           f"{record['seconds']:.0f} s; {tests['passed']} Python tests passed, {tests['failed']} "
-           f"failed, {tests['skipped']} skipped; {runs['against the reference']} kernel runs "
-           f"against the reference, {runs['under memcheck']} under memcheck, "
-           f"{runs['under racecheck']} under racecheck")
-    ratios = [p["ratio"] for p in record["parity"] if p["what"].find("trap") < 0]
-    if ratios:
+           f"{record['seconds']:.0f} s on {record.get('gpus', 1)} GPU; {tests['passed']} Python "
+           f"tests passed, {tests['failed']} failed, {tests['skipped']} skipped; "
+           f"{runs['against the reference']} kernel runs against the reference, "
+           f"{runs['under memcheck']} under memcheck, {runs['under racecheck']} under racecheck")
+    cases = [p for p in record["parity"] if "trap" not in p["what"]]
+    if cases:
+        ratios = [p["ratio"] for p in cases]
+        again = sum(p["part"].endswith("_75") for p in cases)
         yield (f"errors: {min(ratios):.2f} to {max(ratios):.2f} of PyTorch's own in "
-               f"{len(ratios)} cases of {record['parity'][0]['seeds']} seeds")
+               f"{len(cases) - again} cases of {cases[0]['seeds']} seeds, {again} of them again as "
+               f"on compute capability 7.5")
     for kind in ("parity", "pictures", "memory", "rebind"):
         for line in record[kind]:
             if kind != "parity" or "steps" in line["what"] or "trap" in line["what"]:
