@@ -95,10 +95,10 @@ def free():
 
 
 @contextlib.contextmanager
-def compiled(module, runs=1):
+def compiled(module, runs=1, passes_off=""):
     """The module with the engine in front; on the way out `runs` native runs must be reported, and
     no fallback."""
-    accel.compile(module)
+    accel.compile(module, passes_off=passes_off)
     try:
         yield module
         torch.cuda.synchronize()

@@ -5,13 +5,13 @@ that are marked `alone` look at the memory of the whole GPU: nothing else may ru
 """
 
 import gc
-import json
 import os
 import pathlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
+from _figures import pytest_runtest_logreport  # noqa: E402, F401
 
 torch = pytest.importorskip("torch")
 HERE = pathlib.Path(__file__).parent
@@ -29,19 +29,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents and not torch.cuda.is_available():
             item.add_marker(missing)
-
-
-def pytest_runtest_logreport(report):
-    """One line a test for tools/gpu_test.py: its outcome and its seconds."""
-    path = os.environ.get("ACCEL_TEST_FIGURES")
-    if not path or (report.when != "call" and report.outcome == "passed"):
-        return
-    why = report.longrepr if report.outcome != "passed" else ""
-    why = why[2] if isinstance(why, tuple) else str(why).strip().splitlines()[-1:]
-    with open(path, "a") as file:
-        file.write(json.dumps({"kind": "TEST", "what": report.nodeid, "outcome": report.outcome,
-                               "why": why if isinstance(why, str) else "".join(why)[-300:],
-                               "seconds": round(report.duration, 2)}) + "\n")
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,12 @@
 """Full-size UNets against PyTorch in float32: SD 1.5, SD 2.1, SDXL, odd sizes, large batches."""
 
+import json
+
 import pytest
 import torch
-from _gpu import HALVES, compiled, config_of, error, fill, half_parity, make, randn
+from _gpu import HALVES, check_errors, compiled, config_of, error, fill, half_parity, make, randn
+
+import accel
 
 
 def inputs_of(name, batch, height, width, tokens=77):
@@ -69,6 +73,26 @@ def test_float32():
     assert 0.0 < error(found, truth) < 2e-5
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda d: str(d)[6:])
+def test_fused_against_unfused(dtype):
+    """With all passes and with none: other kernels, and both as near to float32 as PyTorch is."""
+    half, full = fill(make("sd15_unet", dtype), 7), make("sd15_unet")
+    full.load_state_dict(half.state_dict())
+    inputs = inputs_of("sd15_unet", 2, 64, 64)
+    truth, a = call(full, inputs(7, torch.float32)), inputs(7, dtype)
+    theirs, found, steps = error(call(half, a), truth), {}, {}
+    for off in ("", "all"):
+        with compiled(half, passes_off=off):
+            found[off] = call(half, a)
+            steps[off] = len(json.loads(accel.explain(half, json=True))["steps"])
+    assert steps["all"] > 1.3 * steps[""], steps
+    for off, result in found.items():
+        # One seed, and unfused every result in between is rounded, as PyTorch's are.
+        check_errors([error(result, truth)], [theirs],
+                     f"sd15_unet {str(dtype)[6:]}, {'no passes' if off else 'all passes'}", 1.2)
+    assert 0.0 < error(found["all"], found[""]) < 2 * theirs
+
+
 def test_calls_are_alike():
     """Eager, recorded and replayed calls are the same bits; other inputs, prompts and steps are
     not; results are fresh tensors."""
@@ -93,8 +117,6 @@ def test_calls_are_alike():
 
 def test_weights_of_other_dtypes_are_cast_once():
     """A float32 parameter among halves: PyTorch refuses such modules, the engine casts at load."""
-    import accel
-
     config = config_of("sd15_unet")
     module = fill(make("sd15_unet", torch.float16), 3)
     a = inputs_of("sd15_unet", 2, 32, 32)(3, torch.float16)

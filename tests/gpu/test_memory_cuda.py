@@ -10,6 +10,7 @@ import sys
 import pytest
 from _gpu import note
 
+pytestmark = pytest.mark.alone
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
@@ -23,7 +24,6 @@ def fall(kind, who):
     return found
 
 
-@pytest.mark.alone
 def test_a_compiled_pipeline_takes_no_more_than_eager():
     ours, theirs = fall("sdxl", "accel"), fall("sdxl", "stock")
     for one in (ours, theirs):

@@ -70,6 +70,7 @@ def test_a_module_on_the_second_gpu(kind, which, dtype):
     assert error(results[1], results[0]) > 0.05
 
 
+@pytest.mark.alone
 def test_nothing_is_allocated_on_the_other_one():
     for device, other in ((SECOND, FIRST), (FIRST, SECOND)):
         torch.zeros(1, device=other)
