@@ -4,9 +4,10 @@
     python tools/gpu_test.py [--only REGEX] [--record FILE] [--seconds LIMIT] [--jobs N] [--list]
 
 Parts are C tests under build/c/tests, files of tests/gpu, and compute-sanitizer over our own
-kernels; most run beside each other, those that look at the memory of the whole GPU alone, at the
-end.  Every part runs, whatever failed before; logs go to build/test-gpu.  The last lines say what
-failed, and so does the exit status.
+kernels; most run beside each other, those that look at the memory of a whole GPU alone on one, at
+the end.  Where there are several GPUs each part has another first one, and still sees them all.
+Every part runs, whatever failed before; logs go to build/test-gpu.  The last lines say what failed,
+and so does the exit status.
 
 The record (benchmarks/records/<date>-<gpu>-test.json, with --only build/test-gpu/record.json) has
 versions, each part and test with its outcome and its seconds, kernel runs, and all figures that
@@ -30,13 +31,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "test-gpu"
 CTESTS = ROOT / "build" / "c" / "tests"
-CUDA_75 = ROOT / "build" / "arch75"  # python/accel there has the code of sm_75 alone
+GOOD = ("passed", "skipped", "no tests")
 NO_TESTS = 5  # pytest's status when a filter left none
 RAN = "ran on cuda"
 DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 # Measuring each of forty sizes takes minutes; the full sizes and the whole runs do measure.
 FIXED = {"ACCEL_TUNE": "off"}
-# What sm_75 has: no bfloat16.
+# Beside, alone on a GPU, with nobody else running at all.
+BESIDE, ALONE, ONLY = range(3)
+# On sm_75 all of bfloat16 is plain kernels, which full sizes are too large for.
 ARCH75 = "float16 and not bfloat16 and (sd15 or 512 or clip_l or shipped)"
 
 
@@ -47,12 +50,13 @@ class Part:
     name: str
     command: list
     limit: int = 240  # seconds
-    alone: bool = False
+    place: int = BESIDE
     wants: str = ""  # text that its log must have
     environment: dict = field(default_factory=dict)
     folder: Path = ROOT
     outcome: str = "not reached"
     seconds: float = 0.0
+    gpu: int = 0  # the one that it sees first
     process: subprocess.Popen = None
     began: float = 0.0
 
@@ -64,11 +68,14 @@ class Part:
     def figures(self):
         return OUT / f"{self.name}.jsonl"
 
-    def start(self):
-        self.began = time.monotonic()
+    def start(self, gpus, at):
+        """With gpus[at] first, and the others after it."""
+        self.began, self.gpu = time.monotonic(), at
         # A cache each: one that all write is read again and again.
         environment = {"ACCEL_CACHE": str(OUT / "cache" / self.name)} | os.environ
         environment |= self.environment | {"ACCEL_TEST_FIGURES": str(self.figures)}
+        if len(gpus) > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[at:] + gpus[:at])
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [str(c) for c in self.command], cwd=self.folder, env=environment, stdout=log,
@@ -99,17 +106,19 @@ class Part:
             self.outcome = "no tests"
         elif status:
             self.outcome = f"failed, status {status}"
-        elif any(x["kind"] == "TEST" and "no GPU" in x["why"] for x in self.lines()):
+        elif any("no GPU" in x["why"] for x in self.tests()):
             self.outcome = "failed, no GPU was found"
         elif self.wants not in self.log.read_text(errors="replace"):
             self.outcome = f"failed, its log lacks '{self.wants}'"
+        elif self.tests() and all(x["outcome"] == "skipped" for x in self.tests()):
+            self.outcome = "skipped"
         else:
             self.outcome = "passed"
         return True
 
     @property
     def good(self):
-        return self.outcome in ("passed", "no tests")
+        return self.outcome in GOOD
 
     def lines(self):
         """What its tests wrote for the record."""
@@ -117,30 +126,52 @@ class Part:
             return []
         return [json.loads(line) for line in self.figures.read_text().splitlines()]
 
+    def tests(self):
+        return [x for x in self.lines() if x["kind"] == "TEST"]
 
-def on_75():
-    """What a card of compute capability 7.5 would choose, in the code that is built for it."""
-    paths = (CUDA_75 / "python", os.environ.get("PYTHONPATH"))
-    return {"ACCEL_FORCE_ARCH": "75", "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)}
+
+def search(*folders):
+    """PYTHONPATH with these in front."""
+    paths = (*folders, os.environ.get("PYTHONPATH"))
+    return {"PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)}
+
+
+def folder_of(arch):
+    """Its python/accel has the code of that architecture alone: make gpu-75, gpu-80."""
+    return ROOT / "build" / f"arch{arch}"
+
+
+def on(arch):
+    """What a card of that compute capability would choose, in the code that is built for it."""
+    return {"ACCEL_FORCE_ARCH": str(arch)} | search(folder_of(arch) / "python")
 
 
 # ---- the parts -----------------------------------------------------------------------------------
 
 
 def c_parts():
-    """C programs; what takes nearly all memory, or measures it, runs alone."""
+    """C programs; what takes nearly all memory, or measures it, runs alone, the engine's with
+    nobody else, since it opens a second GPU."""
     yield Part("c_seam", [CTESTS / "test_seam"], 60, wants=RAN)
+    places = {"test_cuda": ALONE, "test_cuda_engine": ONLY, "test_cuda_large": ALONE}
     for path in sorted((ROOT / "tests" / "c").glob("test_cuda*.c")):
         name = path.stem
-        beside = name in ("test_cuda_models", "test_cuda_tune", "test_cuda_loop")
-        yield Part(f"c{name[4:]}", [CTESTS / name], 150, not beside,
+        yield Part(f"c{name[4:]}", [CTESTS / name], 150, places.get(name, BESIDE),
                    "float16" if name == "test_cuda_models" else RAN)
     cuda = {"ACCEL_TEST_DEVICE": "cuda"}
     yield Part("c_fused", [CTESTS / "test_fused"], 120, wants=RAN, environment=cuda)
     yield Part("c_fused_random", [CTESTS / "test_fused_random"], 180,
                environment=cuda | FIXED)
-    yield Part("c_models_75", [CTESTS / "test_cuda_models"], 120, wants="float16",
-               environment=on_75(), folder=CUDA_75)
+    for arch in (75, 80):
+        yield Part(f"c_models_{arch}", [CTESTS / "test_cuda_models"], 120, wants="float16",
+                   environment=on(arch), folder=folder_of(arch))
+    # Of the engine what is not about memory.
+    for name, *chosen in (("cuda_engine", "streams"), ("cuda_engine", "captures"),
+                          ("cuda_engine", "replays"), ("cuda_engine", "threads"), ("cuda_loop",),
+                          ("fused",)):
+        yield Part("_".join(["c", name.removeprefix("cuda_"), *chosen, "75"]),
+                   [CTESTS / f"test_{name}", *chosen], 120, wants=RAN,
+                   environment=on(75) | cuda | FIXED, folder=folder_of(75))
 
 
 def kernel_parts():
@@ -149,8 +180,11 @@ def kernel_parts():
     for dtype in DTYPES:
         yield Part(f"kernels_{dtype}", [*kernels, dtype, "--all", "--op", "-conv2d"])
         yield Part(f"kernels_{dtype}_conv2d", [*kernels, dtype, "--all", "--op", "conv2d"])
-    for dtype in ("f16", "f32"):
-        yield Part(f"kernels_{dtype}_75", [*kernels, dtype], environment=on_75(), folder=CUDA_75)
+        yield Part(f"kernels_{dtype}_75", [*kernels, dtype], environment=on(75),
+                   folder=folder_of(75))
+    for dtype in ("f16", "bf16"):
+        yield Part(f"kernels_{dtype}_80", [*kernels, dtype, "--quick"], environment=on(80),
+                   folder=folder_of(80))
 
 
 def sanitizer_parts():
@@ -173,7 +207,7 @@ def sanitizer_parts():
                 yield Part(f"{check}_{dtype}_{name}", [*one, "--flops", "1e6", "--op", op])
 
 
-def python_parts():
+def python_parts(gpus):
     """Files of tests/gpu, the long ones in pieces."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tb=short",
               "-W", "ignore"]
@@ -183,6 +217,8 @@ def python_parts():
               "test_gpu_vae": {"sizes": "sizes", "": None}}
     long = ("test_processes.py", "test_gpu_unet.py", "test_gpu_pictures.py")
     for path in sorted(folder.glob("test_*.py"), key=lambda f: (f.name not in long, f.name)):
+        if "pytestmark = pytest.mark.alone" in path.read_text():
+            continue
         splits = pieces.get(path.stem, {"": None})
         for suffix, chosen in splits.items():
             others = [f"({c})" for c in splits.values() if c]
@@ -190,42 +226,90 @@ def python_parts():
             yield Part("_".join(filter(None, (path.stem[5:], suffix))),
                        [*pytest, path, "-m", "not alone", *(["-k", chosen] if chosen else [])],
                        300, environment=FIXED if suffix in ("sizes", "batches") else {})
+    yield Part("no_driver", [*pytest, "-p", "_figures",
+                             ROOT / "tests" / "torchfree" / "test_cuda_errors.py"],
+               environment=search(folder))
+    yield from python_parts_75(pytest, folder)
+    yield from alone_parts(pytest, folder, gpus)
+
+
+def python_parts_75(pytest, folder):
+    """What is added to a run on one GPU is about a tenth: small modules, nothing measured."""
     yield Part("gpu_75", [*pytest, *(folder / f"test_gpu_{n}.py" for n in
                                      ("unet", "vae", "clip", "pictures")), "-k", ARCH75],
-               environment=on_75())
+               environment=on(75))
     yield Part("compile_75", [*pytest, folder / "test_compile_cuda.py", "-m", "not alone", "-k",
-                              "float32 or changes or prompts or streams"], environment=on_75())
-    yield Part("alone", [*pytest, folder, "-m", "alone"], 300, alone=True)
+                              "float32 or changes or prompts or streams"], environment=on(75))
+    chosen = {"pipeline": "sdxl or half or callbacks or two_runs or euler or sde", "loop": "",
+              "tensors": "", "streams": ""}
+    for name, some in chosen.items():
+        yield Part(f"{name}_75", [*pytest, folder / f"test_{name}_cuda.py", "-m", "not alone",
+                                  *(["-k", some] if some else [])], environment=on(75) | FIXED)
 
 
-def all_parts():
-    return [*python_parts(), *kernel_parts(), *sanitizer_parts(), *c_parts()]
+def alone_parts(pytest, folder, gpus):
+    """All in one process, or where there are several GPUs a file in each."""
+    if len(gpus) < 2:
+        yield Part("alone", [*pytest, folder, "-m", "alone"], 300, ALONE)
+        return
+    for path in sorted(folder.glob("test_*.py")):
+        if "mark.alone" in path.read_text():
+            yield Part(f"alone_{path.stem[5:]}", [*pytest, path, "-m", "alone"], 300,
+                       ONLY if path.name == "test_two_gpus.py" else ALONE)
+
+
+def all_parts(gpus):
+    return [*python_parts(gpus), *kernel_parts(), *sanitizer_parts(), *c_parts()]
 
 
 # ---- running them --------------------------------------------------------------------------------
 
 
+def list_gpus():
+    """What CUDA_VISIBLE_DEVICES may have, an entry for each GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [x.strip() for x in visible.split(",") if x.strip()]
+    try:
+        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ["0"]
+    count = sum(line.startswith("GPU ") for line in said.stdout.splitlines())
+    return [str(i) for i in range(max(count, 1))]
+
+
 def finish(part):
-    tests = [x for x in part.lines() if x["kind"] == "TEST"]
-    counts = {o: sum(t["outcome"] == o for t in tests) for o in ("passed", "failed", "skipped")}
+    outcomes = [t["outcome"] for t in part.tests()]
+    counts = {o: outcomes.count(o) for o in ("passed", "failed", "skipped")}
     said = ", ".join(f"{n} {o}" for o, n in counts.items() if n)
     last = [x.strip() for x in part.log.read_text(errors="replace").splitlines() if x.strip()][-1:]
     said = said or "".join(last)[:90]
     print(f"{part.seconds:6.1f} s  {part.name:24} {part.outcome}: {said}", flush=True)
 
 
-def run(parts, jobs, deadline):
-    """All parts, `jobs` at once, then those that want to be alone; none is begun past deadline."""
+def has_room(part, running, jobs, gpus):
+    if part.place == ONLY:
+        return not running
+    limit = len(gpus) if part.place == ALONE else jobs
+    return len(running) < max(limit, 1) and all(p.place == part.place for p in running)
+
+
+def run(parts, jobs, gpus, deadline):
+    """All parts, `jobs` at once, then one on each GPU, then one; none is begun past deadline."""
     running = []
-    waiting = sorted(parts, key=lambda p: p.alone and p.limit)  # of those the short ones first
+    # Of those that are alone the short ones first, or where they share out GPUs the long ones.
+    several = len(gpus) > 1
+    waiting = sorted(parts, key=lambda p: (
+        p.place if several else p.place != BESIDE, p.place and (-p.limit if several else p.limit)))
     try:
         while waiting or running:
             for part in [p for p in running if p.over(deadline)]:
                 running.remove(part)
                 finish(part)
             late = time.monotonic() >= deadline
-            while waiting and not late and len(running) < (1 if waiting[0].alone else jobs):
-                waiting[0].start()
+            while waiting and not late and has_room(waiting[0], running, jobs, gpus):
+                busy = [sum(p.gpu == i for p in running) for i in range(max(len(gpus), 1))]
+                waiting[0].start(gpus, busy.index(min(busy)))
                 running.append(waiting.pop(0))
             if late and not running:
                 break
@@ -263,12 +347,15 @@ def kernel_runs(parts):
     return found
 
 
-def record_of(parts, seconds):
+def record_of(parts, gpus, seconds):
     lines = [line | {"part": part.name} for part in parts for line in part.lines()]
     tests = [x for x in lines if x["kind"] == "TEST"]
     runs = kernel_runs(parts)
-    record = {"versions": versions(), "passed": all(p.good for p in parts), "seconds": seconds,
-              "parts": [{"name": p.name, "outcome": p.outcome, "seconds": p.seconds}
+    record = {"versions": versions(), "gpus": len(gpus), "passed": all(p.good for p in parts),
+              "seconds": seconds,
+              "outcomes": {o: sum(p.outcome == o for p in parts)
+                           for o in sorted({p.outcome for p in parts})},
+              "parts": [{"name": p.name, "outcome": p.outcome, "seconds": p.seconds, "gpu": p.gpu}
                         for p in parts],
               "kernel_runs": {
                   "against the reference": sum(n for k, n in runs.items() if k[0] == "k"),
@@ -276,6 +363,8 @@ def record_of(parts, seconds):
                   "under racecheck": sum(n for k, n in runs.items() if k[0] == "r")} | runs,
               "tests": {o: sum(t["outcome"] == o for t in tests)
                         for o in ("passed", "failed", "skipped")}}
+    for test in tests:  # some run twice
+        test["what"] += " (75)" * test["part"].endswith("_75")
     for outcome in ("failed", "skipped"):
         record[outcome] = {t["what"]: t["why"] for t in tests if t["outcome"] == outcome}
     for kind in ("PARITY", "PICTURES", "MEMORY", "REBIND"):
@@ -301,12 +390,17 @@ def summary(parts, record):
             if not bad:
                 print("  " + "\n  ".join(x[:200] for x in text[-6:]))
     skipped = sorted(set(record["skipped"].values()))
+    whole = [p.name for p in parts if p.outcome == "skipped"]
     failed = [p.name for p in parts if not p.good]
     print(f"\n{record['tests']['passed']} tests passed, {record['tests']['failed']} failed, "
           f"{record['tests']['skipped']} skipped{f' ({skipped})' if skipped else ''}; "
           f"{record['kernel_runs']['against the reference']} kernel runs compared; "
           f"{record['seconds']:.0f} s")
-    print(f"failed: {', '.join(failed)}" if failed else "test-gpu: all passed")
+    if whole:
+        print(f"nothing of it ran, all was skipped: {', '.join(whole)}")
+    print(f"failed: {', '.join(failed)}" if failed else
+          f"test-gpu: {sum(p.outcome == 'passed' for p in parts)} parts passed on "
+          f"{record['gpus']} GPU{'s' * (record['gpus'] != 1)}, {len(whole)} skipped")
 
 
 def path_of(record, only):
@@ -321,16 +415,17 @@ def main():
     parser.add_argument("--only", default="", help="parts whose name this regex finds")
     parser.add_argument("--record", type=Path, help="where to write it")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop what runs longer")
-    parser.add_argument("--jobs", type=int, default=max(2, min(8, (os.cpu_count() or 2) // 2)))
+    parser.add_argument("--jobs", type=int, help="at once; of the CPUs half, 8 for a GPU at most")
     parser.add_argument("--list", action="store_true", help="print the parts")
     args = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
                    "PYTHONPATH": os.pathsep.join(filter(None, (
                        str(ROOT / "python"), os.environ.get("PYTHONPATH"))))}
-    parts = [p for p in all_parts() if re.search(args.only, p.name)]
+    gpus = list_gpus()
+    parts = [p for p in all_parts(gpus) if re.search(args.only, p.name)]
     if args.list:
         for part in parts:
-            print(part.name, "(alone)" * part.alone, *part.command)
+            print(part.name, ("", "(alone)", "(nobody else)")[part.place], *part.command)
         return 0
     if not parts:
         parser.error(f"found no part for '{args.only}'; --list prints them")
@@ -338,8 +433,9 @@ def main():
     OUT.mkdir(parents=True)
     os.environ.setdefault("OMP_NUM_THREADS", "4")  # several processes share the cores
     start = time.monotonic()
-    run(parts, args.jobs, start + args.seconds)
-    record = record_of(parts, round(time.monotonic() - start, 1))
+    jobs = args.jobs or max(2, min(8 * max(len(gpus), 1), (os.cpu_count() or 2) // 2))
+    run(parts, jobs, gpus, start + args.seconds)
+    record = record_of(parts, gpus, round(time.monotonic() - start, 1))
     path = args.record or path_of(record, args.only)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
