@@ -153,6 +153,7 @@ def c_parts():
     """C programs; what takes nearly all memory, or measures it, runs alone, the engine's with
     nobody else, since it opens a second GPU."""
     yield Part("c_seam", [CTESTS / "test_seam"], 60, wants=RAN)
+    yield Part("c_own", [CTESTS / "cuda_own"], 60)
     places = {"test_cuda": ALONE, "test_cuda_engine": ONLY, "test_cuda_large": ALONE}
     for path in sorted((ROOT / "tests" / "c").glob("test_cuda*.c")):
         name = path.stem
@@ -180,7 +181,8 @@ def kernel_parts():
     for dtype in DTYPES:
         yield Part(f"kernels_{dtype}", [*kernels, dtype, "--all", "--op", "-conv2d"])
         yield Part(f"kernels_{dtype}_conv2d", [*kernels, dtype, "--all", "--op", "conv2d"])
-        yield Part(f"kernels_{dtype}_75", [*kernels, dtype], environment=on(75),
+        some = ["--quick"] if dtype == "bf16" else []  # there it is plain kernels alone
+        yield Part(f"kernels_{dtype}_75", [*kernels, dtype, *some], environment=on(75),
                    folder=folder_of(75))
     for dtype in ("f16", "bf16"):
         yield Part(f"kernels_{dtype}_80", [*kernels, dtype, "--quick"], environment=on(80),
@@ -196,6 +198,7 @@ def sanitizer_parts():
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--print-limit", "20", "--error-exitcode", "9"]
         yield Part(f"{check}_sampler", [*command, *sampler], wants=RAN)
+        yield Part(f"{check}_own", [*command, CTESTS / "cuda_own"])
         for dtype in DTYPES:
             one = [*command, *quick, "--dtype", dtype]
             if check == "memcheck":
@@ -212,7 +215,7 @@ def python_parts(gpus):
     pytest = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tb=short",
               "-W", "ignore"]
     folder = ROOT / "tests" / "gpu"
-    pieces = {"test_gpu_unet": {"sizes": "sizes", "batches": "batches or long", "": None},
+    pieces = {"test_gpu_unet": {"sizes": "sizes", "batches": "batches or long or fused", "": None},
               "test_gpu_pictures": {"sdxl": "sdxl", "": None},
               "test_gpu_vae": {"sizes": "sizes", "": None}}
     long = ("test_processes.py", "test_gpu_unet.py", "test_gpu_pictures.py")
@@ -240,8 +243,8 @@ def python_parts_75(pytest, folder):
                environment=on(75))
     yield Part("compile_75", [*pytest, folder / "test_compile_cuda.py", "-m", "not alone", "-k",
                               "float32 or changes or prompts or streams"], environment=on(75))
-    chosen = {"pipeline": "sdxl or half or callbacks or two_runs or euler or sde", "loop": "",
-              "tensors": "", "streams": ""}
+    chosen = {"pipeline": "half or callbacks or two_runs or generators and euler or own_pipeline",
+              "loop": "", "tensors": "", "streams": ""}
     for name, some in chosen.items():
         yield Part(f"{name}_75", [*pytest, folder / f"test_{name}_cuda.py", "-m", "not alone",
                                   *(["-k", some] if some else [])], environment=on(75) | FIXED)
