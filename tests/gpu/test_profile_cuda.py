@@ -59,7 +59,8 @@ def test_what_is_timed_adds_up():
             sum(s["ms"] for s in data["steps"]), rel=1e-4), table
     for c in data["classes"]:
         assert c["ms"] > 0 and c["bound_ms"] is not None, c
-        assert c["bound_ms"] <= 1.05 * c["ms"], c
+        # What runs once for a prompt is run again and again here: its weights may be in the cache.
+        assert c["bound_ms"] <= (1.05 if c["rate"] == "step" else 2.0) * c["ms"], c
     assert all(s["ms"] > 0 for s in data["steps"])
     named = {c["class"] for c in data["classes"]}
     assert {"linear", "conv2d", "attention", "group_norm"} <= named
