@@ -13,6 +13,23 @@ of(PyObject *self)
     return ((ac_py_model *)self)->model;
 }
 
+/* What takes the model's lock or frees what is on a device goes without the GIL: a run holds that
+ * lock while it waits for the device, or for an allocator that takes the GIL.  Around what reads
+ * bindings, which stay meanwhile: */
+static PyThreadState *
+leave_python(PyObject *self)
+{
+    ac_py_weights_busy(((ac_py_model *)self)->weights, 1);
+    return PyEval_SaveThread();
+}
+
+static void
+enter_python(PyObject *self, PyThreadState *thread)
+{
+    PyEval_RestoreThread(thread);
+    ac_py_weights_busy(((ac_py_model *)self)->weights, -1);
+}
+
 static ac_status
 parse_and_make(const char *config, size_t size, ac_weights *weights, const char *device,
                const char *passes_off, ac_model **out)
@@ -68,7 +85,9 @@ model_dealloc(PyObject *object)
     ac_py_model *self = (ac_py_model *)object;
     PyTypeObject *type = Py_TYPE(object);
     if (self->model) {
+        Py_BEGIN_ALLOW_THREADS
         ac_model_unref(self->model);
+        Py_END_ALLOW_THREADS
     }
     Py_XDECREF(self->weights);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
@@ -105,7 +124,9 @@ model_io(PyObject *self, PyObject *arg)
     }
     ac_io *io = NULL;
     int32_t count = 0;
+    PyThreadState *thread = leave_python(self);
     ac_status status = ac_model_io(of(self), &args, &io, &count);
+    enter_python(self, thread);
     if (status < 0) {
         return ac_py_raise(state, status);
     }
@@ -231,12 +252,9 @@ model_run(PyObject *self, PyObject *args, PyObject *keywords)
                  ac_py_dict_import(state, outputs, &c.outputs) == 0 &&
                  check_outputs(state, &c.outputs) == 0;
     if (ready) {
-        PyObject *weights = ((ac_py_model *)self)->weights;
-        ac_py_weights_busy(weights, 1);
-        Py_BEGIN_ALLOW_THREADS
+        PyThreadState *thread = leave_python(self);
         status = run(&c);
-        Py_END_ALLOW_THREADS
-        ac_py_weights_busy(weights, -1);
+        enter_python(self, thread);
         if (status < 0) {
             ac_py_raise(state, status);
         }
@@ -279,13 +297,9 @@ model_make_room(PyObject *self, PyObject *arg)
     if (ac_py_build_args(state, arg, &args) < 0) {
         return NULL;
     }
-    ac_status status;
-    PyObject *weights = ((ac_py_model *)self)->weights;
-    ac_py_weights_busy(weights, 1);
-    Py_BEGIN_ALLOW_THREADS
-    status = ac_model_make_room(of(self), &args, &freed);
-    Py_END_ALLOW_THREADS
-    ac_py_weights_busy(weights, -1);
+    PyThreadState *thread = leave_python(self);
+    ac_status status = ac_model_make_room(of(self), &args, &freed);
+    enter_python(self, thread);
     return status < 0 ? ac_py_raise(state, status) : PyLong_FromSize_t(freed);
 }
 
@@ -325,7 +339,9 @@ model_explain(PyObject *self, PyObject *args, PyObject *keywords)
         return NULL;
     }
     ac_text text = {0};
+    PyThreadState *thread = leave_python(self);
     ac_status status = ac_model_explain(of(self), &build_args, json, passes, &text);
+    enter_python(self, thread);
     return text_result(state, status, &text);
 }
 
@@ -347,13 +363,9 @@ model_profile(PyObject *self, PyObject *args, PyObject *keywords)
     }
     profile.repeats = repeats;
     ac_text text = {0};
-    ac_status status;
-    PyObject *weights = ((ac_py_model *)self)->weights;
-    ac_py_weights_busy(weights, 1);
-    Py_BEGIN_ALLOW_THREADS
-    status = ac_model_profile(of(self), &build_args, &profile, json, &text);
-    Py_END_ALLOW_THREADS
-    ac_py_weights_busy(weights, -1);
+    PyThreadState *thread = leave_python(self);
+    ac_status status = ac_model_profile(of(self), &build_args, &profile, json, &text);
+    enter_python(self, thread);
     return text_result(state, status, &text);
 }
 
@@ -362,7 +374,9 @@ model_stats(PyObject *self, PyObject *unused)
 {
     (void)unused;
     ac_model_stats s;
+    Py_BEGIN_ALLOW_THREADS
     ac_model_get_stats(of(self), &s);
+    Py_END_ALLOW_THREADS
     return Py_BuildValue("{sLsisisnsnsnsdss}", "runs", (long long)s.runs, "plans", (int)s.plans,
                          "execs", (int)s.execs, "arena_bytes", (Py_ssize_t)s.arena_bytes,
                          "bound_bytes", (Py_ssize_t)s.bound_bytes, "keep_bytes",
@@ -374,7 +388,9 @@ static PyObject *
 model_drop_plans(PyObject *self, PyObject *unused)
 {
     (void)unused;
+    Py_BEGIN_ALLOW_THREADS
     ac_model_drop_plans(of(self));
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 

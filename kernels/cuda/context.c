@@ -241,6 +241,10 @@ check_kernels(const ac_cuda_device *device)
     cudaGetLastError();
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device->index);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device->index);
+    if (major > 0 && 10 * major + minor < 75) { /* no build of ours has code for it */
+        return ac_cuda_fail(AC_E_DEVICE, "cuda:%d: found a GPU of compute capability %d.%d, "
+                                         "expected 7.5 or later", device->index, major, minor);
+    }
     return ac_cuda_fail(AC_E_DEVICE, "cuda:%d: found a GPU of compute capability %d.%d, expected "
                                      "one that this libaccel_cuda.so was built for (%s): %s (%s); "
                                      "install accel again with ACCEL_CUDA_ARCHS=%d%d",
