@@ -40,7 +40,7 @@ typedef struct ac_blas_call {
 typedef struct ac_blas_layer {
     ac_blas_key key;
     int64_t k2;
-    int32_t gated, act;
+    int32_t gated, act; /* up to here the key that it is found by */
     int32_t way; /* cublaslt_linear.c's */
     int32_t pad;
 } ac_blas_layer;
@@ -49,12 +49,10 @@ typedef struct ac_blas_pool ac_blas_pool; /* cublaslt.c's */
 
 struct ac_cuda_blas {
     cublasLtHandle_t handle;
-    struct product *products; /* cublaslt.c's */
-    int32_t n_products, products_capacity;
+    ac_cuda_known products; /* cublaslt.c's */
     ac_blas_pool *pools;
     int32_t n_pools, pools_capacity;
-    ac_blas_layer *layers;
-    int32_t n_layers, layers_capacity;
+    ac_cuda_known layers; /* of ac_blas_layer */
 };
 
 /* Rows of each of at least `parts` even parts of no more than about `most`, in units that tiles

@@ -119,7 +119,9 @@ typedef struct product {
     ac_blas_key key;
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t w, x, c, out;
-    cublasLtMatmulAlgo_t algorithm[WAYS]; /* in the heuristic's order, then the pool's */
+    /* In the heuristic's order, then the pool's; the caller's, or gone once one is chosen. */
+    cublasLtMatmulAlgo_t *algorithm;
+    cublasLtMatmulAlgo_t best;
     int32_t count, chosen; /* chosen -1: not yet */
 } product;
 
@@ -158,15 +160,17 @@ ac_cuda_blas_free(ac_cuda_blas *blas)
     if (!blas) {
         return;
     }
-    for (int32_t i = 0; i < blas->n_products; i++) {
-        product_free(&blas->products[i]);
+    for (int32_t i = 0; i < blas->products.count; i++) {
+        product *p = blas->products.at[i].item;
+        product_free(p);
+        ac_cuda_host->free(p->algorithm);
     }
     if (blas->handle) {
         lt.Destroy(blas->handle);
     }
-    ac_cuda_host->free(blas->products);
+    ac_cuda_known_free(&blas->products);
+    ac_cuda_known_free(&blas->layers);
     ac_cuda_host->free(blas->pools);
-    ac_cuda_host->free(blas->layers);
     ac_cuda_host->free(blas);
 }
 
@@ -282,7 +286,9 @@ fill_pool(ac_cuda_blas *blas, const ac_blas_key *like, ac_blas_pool *pool)
 {
     for (size_t i = 0; i < AC_ARRAY_LEN(pool_sizes); i++) {
         const int64_t *size = pool_sizes[i];
-        product p = {.key = {.m = size[0], .n = size[1], .k = size[2], .x_row = size[2],
+        cublasLtMatmulAlgo_t algorithm[ALGORITHMS];
+        product p = {.algorithm = algorithm,
+                     .key = {.m = size[0], .n = size[1], .k = size[2], .x_row = size[2],
                              .w_row = like->w_by_k ? size[1] : size[2], .out_row = size[1],
                              .dtype = like->dtype, .out_dtype = like->out_dtype,
                              .bias = like->out_dtype == like->dtype, .w_by_k = like->w_by_k,
@@ -354,26 +360,42 @@ list_algorithms(ac_cuda_blas *blas, product *p)
 }
 
 static ac_status
+make_product(ac_cuda_blas *blas, product *p)
+{
+    AC_TRY(ac_cuda_heap(sizeof *p->algorithm * WAYS, (void **)&p->algorithm));
+    AC_TRY(list_algorithms(blas, p));
+    return ac_cuda_known_add(&blas->products, p, sizeof p->key);
+}
+
+static ac_status
 find_product(ac_cuda_blas *blas, const ac_blas_key *key, product **out)
 {
-    for (int32_t i = 0; i < blas->n_products; i++) {
-        if (memcmp(&blas->products[i].key, key, sizeof *key) == 0) {
-            *out = &blas->products[i];
-            return AC_OK;
-        }
+    *out = ac_cuda_known_find(&blas->products, key, sizeof *key);
+    if (*out) {
+        return AC_OK;
     }
-    AC_TRY(ac_cuda_heap_grow((void **)&blas->products, blas->n_products,
-                             &blas->products_capacity, sizeof **out));
-    product *p = &blas->products[blas->n_products];
-    *p = (product){.key = *key, .chosen = -1};
-    ac_status status = list_algorithms(blas, p);
+    product *p;
+    AC_TRY(ac_cuda_heap(sizeof *p, (void **)&p));
+    p->key = *key;
+    p->chosen = -1;
+    ac_status status = make_product(blas, p);
     if (status < 0) {
         product_free(p);
+        ac_cuda_host->free(p->algorithm);
+        ac_cuda_host->free(p);
         return status;
     }
-    blas->n_products++;
     *out = p;
     return AC_OK;
+}
+
+/* Thousands of products may be known, and each has up to 80 algorithms. */
+static void
+keep_chosen(product *p)
+{
+    p->best = p->algorithm[p->chosen];
+    ac_cuda_host->free(p->algorithm);
+    p->algorithm = NULL;
 }
 
 static ac_status
@@ -388,8 +410,9 @@ run_product(void *context, int32_t i)
            sizeof c->bias);
     }
     LT(Matmul, t->blas->handle, p->desc, &c->factor, c->weight, p->w, c->x, p->x, &beta,
-       p->key.residual ? c->residual : c->out, p->c, c->out, p->out, &p->algorithm[i],
-       c->workspace, AC_BLAS_WORKSPACE, c->lane->stream);
+       p->key.residual ? c->residual : c->out, p->c, c->out, p->out,
+       p->algorithm ? &p->algorithm[i] : &p->best, c->workspace, AC_BLAS_WORKSPACE,
+       c->lane->stream);
     return ac_cuda_launched(c->lane, cudaGetLastError(), "cublasLtMatmul");
 }
 
@@ -434,6 +457,7 @@ ac_blas_multiply(const ac_blas_call *call, const ac_blas_key *key)
         AC_TRY(ac_tune_choose(call->lane, call->libraries,
                               &(ac_tune_ways){text, t.p->count, &t, name_algorithm, run_product},
                               &t.p->chosen));
+        keep_chosen(t.p);
     }
     return run_product(&t, t.p->chosen);
 }

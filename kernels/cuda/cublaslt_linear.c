@@ -207,15 +207,27 @@ choose_layer(job *j, ac_blas_layer *l)
 }
 
 static ac_status
+remember(ac_cuda_blas *blas, const ac_blas_layer *l)
+{
+    ac_blas_layer *kept;
+    AC_TRY(ac_cuda_heap(sizeof *kept, (void **)&kept));
+    *kept = *l;
+    ac_status status = ac_cuda_known_add(&blas->layers, kept, offsetof(ac_blas_layer, way));
+    if (status < 0) {
+        ac_cuda_host->free(kept);
+    }
+    return status;
+}
+
+static ac_status
 run_job(job *j)
 {
     ac_cuda_blas *blas = j->call.libraries->blas;
     ac_blas_layer l = {.key = j->key, .k2 = j->g.channels[1], .gated = j->g.gated, .act = j->g.act};
-    for (int32_t i = 0; i < blas->n_layers; i++) {
-        l.way = blas->layers[i].way;
-        if (memcmp(&l, &blas->layers[i], sizeof l) == 0) {
-            return run_layer(j, l.way);
-        }
+    const ac_blas_layer *known =
+        ac_cuda_known_find(&blas->layers, &l, offsetof(ac_blas_layer, way));
+    if (known) {
+        return run_layer(j, known->way);
     }
     ac_status status = choose_layer(j, &l);
     if (status == AC_OK) {
@@ -230,10 +242,7 @@ run_job(job *j)
         status = run_layer(j, l.way);
     }
     AC_TRY(status);
-    AC_TRY(ac_cuda_heap_grow((void **)&blas->layers, blas->n_layers, &blas->layers_capacity,
-                             sizeof l));
-    blas->layers[blas->n_layers++] = l;
-    return AC_OK;
+    return remember(blas, &l);
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------ */

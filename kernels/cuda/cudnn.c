@@ -24,8 +24,7 @@ typedef struct problem {
 
 struct ac_cuda_dnn {
     cudnnHandle_t handle;
-    problem *problems;
-    int32_t count, capacity;
+    ac_cuda_known problems;
 };
 
 static void
@@ -55,14 +54,15 @@ ac_cuda_dnn_free(ac_cuda_dnn *d)
     if (!d) {
         return;
     }
-    for (int32_t i = 0; i < d->count; i++) {
-        free_ways(&d->problems[i], -1);
-        ac_cuda_host->free(d->problems[i].ways);
+    for (int32_t i = 0; i < d->problems.count; i++) {
+        problem *p = d->problems.at[i].item;
+        free_ways(p, -1);
+        ac_cuda_host->free(p->ways);
     }
     if (d->handle) {
         ac_dnn.Destroy(d->handle);
     }
-    ac_cuda_host->free(d->problems);
+    ac_cuda_known_free(&d->problems);
     ac_cuda_host->free(d);
 }
 
@@ -435,25 +435,31 @@ find_handle(ac_cuda_libraries *libraries, bool without)
 }
 
 static ac_status
-new_problem(trial *t)
+run_new(trial *t, problem *p)
 {
-    ac_cuda_dnn *d = t->dnn;
-    AC_TRY(ac_cuda_heap_grow((void **)&d->problems, d->count, &d->capacity, sizeof *d->problems));
-    problem *p = &d->problems[d->count];
-    *p = (problem){.key = t->call->key, .chosen = -1};
     AC_TRY(ac_cuda_heap(sizeof *p->ways * CONFIGURATIONS, (void **)&p->ways));
     if (!t->call->without) {
-        list_ways(d, p, t->call);
+        list_ways(t->dnn, p, t->call);
     }
     t->problem = p;
-    ac_status status = first_run(t);
+    AC_TRY(first_run(t));
+    return ac_cuda_known_add(&t->dnn->problems, p, sizeof p->key);
+}
+
+static ac_status
+new_problem(trial *t)
+{
+    problem *p;
+    AC_TRY(ac_cuda_heap(sizeof *p, (void **)&p));
+    p->key = t->call->key;
+    p->chosen = -1;
+    ac_status status = run_new(t, p);
     if (status < 0) {
         free_ways(p, -1);
         ac_cuda_host->free(p->ways);
-        return status;
+        ac_cuda_host->free(p);
     }
-    d->count++;
-    return AC_OK;
+    return status;
 }
 
 static ac_status
@@ -461,13 +467,8 @@ run(const ac_dnn_call *call, ac_cuda_libraries *libraries)
 {
     AC_TRY(find_handle(libraries, call->without));
     trial t = {.call = call, .dnn = libraries->dnn};
-    for (int32_t i = 0; i < t.dnn->count; i++) {
-        t.problem = &t.dnn->problems[i];
-        if (memcmp(&t.problem->key, &call->key, sizeof call->key) == 0) {
-            return run_way(&t, t.problem->chosen);
-        }
-    }
-    return new_problem(&t);
+    t.problem = ac_cuda_known_find(&t.dnn->problems, &call->key, sizeof call->key);
+    return t.problem ? run_way(&t, t.problem->chosen) : new_problem(&t);
 }
 
 ac_status

@@ -1,5 +1,6 @@
 /* library: see library.h. */
 #include "library.h"
+#include "tune.h"
 
 #include <dlfcn.h>
 #include <glob.h>
@@ -195,4 +196,35 @@ ac_cuda_heap_grow(void **array, int32_t count, int32_t *capacity, size_t size)
     *array = more;
     *capacity = wanted;
     return AC_OK;
+}
+
+void *
+ac_cuda_known_find(const ac_cuda_known *known, const void *key, size_t size)
+{
+    uint64_t hash = ac_tune_hash(AC_TUNE_HASH, key, size);
+    for (int32_t i = 0; i < known->count; i++) {
+        if (known->at[i].hash == hash && memcmp(known->at[i].item, key, size) == 0) {
+            return known->at[i].item;
+        }
+    }
+    return NULL;
+}
+
+ac_status
+ac_cuda_known_add(ac_cuda_known *known, void *item, size_t key_size)
+{
+    AC_TRY(ac_cuda_heap_grow((void **)&known->at, known->count, &known->capacity,
+                             sizeof *known->at));
+    known->at[known->count++] =
+        (struct ac_cuda_known_item){ac_tune_hash(AC_TUNE_HASH, item, key_size), item};
+    return AC_OK;
+}
+
+void
+ac_cuda_known_free(ac_cuda_known *known)
+{
+    for (int32_t i = 0; i < known->count; i++) {
+        ac_cuda_host->free(known->at[i].item);
+    }
+    ac_cuda_host->free(known->at);
 }

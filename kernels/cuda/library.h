@@ -52,6 +52,23 @@ ac_status ac_cuda_heap(size_t bytes, void **out);
 /* An array of `size`-byte items that holds `count` of `*capacity` grows to hold one more. */
 ac_status ac_cuda_heap_grow(void **array, int32_t count, int32_t *capacity, size_t size);
 
+/* What was found for keys: each item begins with its key, and is the host's memory.  By hash, as a
+ * process that goes through many sizes has thousands. */
+typedef struct ac_cuda_known {
+    struct ac_cuda_known_item {
+        uint64_t hash;
+        void *item;
+    } *at;
+    int32_t count, capacity;
+} ac_cuda_known;
+
+/* NULL: none. */
+void *ac_cuda_known_find(const ac_cuda_known *known, const void *key, size_t size);
+/* Takes the item over. */
+ac_status ac_cuda_known_add(ac_cuda_known *known, void *item, size_t key_size);
+/* The items too, but not what they refer to. */
+void ac_cuda_known_free(ac_cuda_known *known);
+
 /* Of the parts; nothing when NULL. */
 void ac_cuda_blas_free(ac_cuda_blas *blas);
 void ac_cuda_dnn_free(ac_cuda_dnn *dnn);

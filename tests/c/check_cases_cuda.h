@@ -5,8 +5,8 @@
 
 #include "check_cases.h"
 
-/* So many pixels that conv2d.narrow gives a warp four lines, with edges, and more rounds than it has
- * in shared memory. */
+/* So many pixels that conv2d.narrow gives a warp four lines, with edges, and more rounds than it
+ * has in shared memory. */
 static void
 narrow_cases(case_list *list)
 {

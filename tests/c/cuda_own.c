@@ -6,6 +6,7 @@
 #include "../../kernels/cuda/attention.h"
 #include "../../kernels/cuda/blas_conv.h"
 #include "../../kernels/cuda/interleave.h"
+#include "../../kernels/cuda/library.h"
 #include "../../kernels/cuda/rowwise.h"
 #include "test.h"
 
@@ -303,4 +304,34 @@ join(void)
     rig_close(&r);
 }
 
-TEST_MAIN(TEST(softmax), TEST(gather), TEST(interleave), TEST(repeat), TEST(join))
+/* ---- known: needs no GPU --------------------------------------------------------------------- */
+
+typedef struct thing {
+    int64_t key[3];
+    int32_t value;
+} thing;
+
+static void
+known(void)
+{
+    static const ac_host host = {AC_ABI, ac_malloc, ac_free, ac_verror, ac_error_message,
+                                 print_log};
+    ac_backend backend;
+    ac_cuda_known all = {0};
+    CHECK_OK(ac_backend_cuda(AC_ABI, &host, &backend));
+    for (int32_t i = 0; i < 500; i++) {
+        thing *t = ac_malloc(sizeof *t);
+        CHECK(t);
+        *t = (thing){{i % 7, i, -i}, 10 * i};
+        CHECK(!ac_cuda_known_find(&all, t, sizeof t->key));
+        CHECK_OK(ac_cuda_known_add(&all, t, sizeof t->key));
+    }
+    for (int64_t i = 0; i < 500; i++) {
+        const thing *t = ac_cuda_known_find(&all, (int64_t[]){i % 7, i, -i}, sizeof t->key);
+        CHECK(t && t->value == 10 * i);
+    }
+    CHECK(!ac_cuda_known_find(&all, (int64_t[]){1, 1, 1}, sizeof(int64_t[3])));
+    ac_cuda_known_free(&all);
+}
+
+TEST_MAIN(TEST(known), TEST(softmax), TEST(gather), TEST(interleave), TEST(repeat), TEST(join))
