@@ -195,10 +195,17 @@ def sanitizer_parts():
     tool = shutil.which("compute-sanitizer") or beside_nvcc / "compute-sanitizer"
     quick = [CTESTS / "test_kernels", "--backend", "cuda", "--keep-going", "--quick"]
     sampler = [CTESTS / "test_cuda_loop", "samplers"]
+    large = (("linear.mma", "linear", "5e8"), ("conv2d.narrow", "conv2d", "3e8"),
+             ("attention.flash", "attention", "3e7"))  # tiles that small shapes never take
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--print-limit", "20", "--error-exitcode", "9"]
         yield Part(f"{check}_sampler", [*command, *sampler], wants=RAN)
         yield Part(f"{check}_own", [*command, CTESTS / "cuda_own"])
+        for kernel, op, flops in large:
+            yield Part(f"{check}_f16_{kernel}", [*command, *quick, "--dtype", "f16", "--op", op,
+                                                 "--kernel", kernel, "--flops", flops])
+        yield Part(f"{check}_f16_75", [*command, *quick, "--dtype", "f16", "--flops", "1e6"],
+                   environment=on(75), folder=folder_of(75))
         for dtype in DTYPES:
             one = [*command, *quick, "--dtype", dtype]
             if check == "memcheck":
