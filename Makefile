@@ -11,7 +11,7 @@ CSRC    := $(wildcard csrc/*.c csrc/models/*.c csrc/passes/*.c csrc/schedulers/*
 OBJ     := $(CSRC:%.c=$(B)/%.o)
 CTESTS  := $(patsubst tests/c/%.c,$(B)/tests/%,$(wildcard tests/c/test_*.c))
 
-.PHONY: FORCE help lib check-c cuda cuda-headers test-gpu gpu-extension gpu-75 gpu-80 demo test test-install test-build test-run \
+.PHONY: FORCE help lib check-c cuda cuda-headers test-gpu gpu-extension gpu-75 demo test test-install test-build test-run \
         sanitize tsan oom fuzz san-extension clean
 help: ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -108,20 +108,20 @@ $(B)/cuda/tests/c/cuda_own.o: tests/c/test.h
 
 # RECORD: the file of the record; ONLY: parts by a regex; LIMIT: seconds, stops what runs longer.
 test-gpu: ## the checks that need a GPU, and their record; installs nothing
-	$(MAKE) --no-print-directory -j$(shell nproc) cuda gpu-extension gpu-75 gpu-80 $(GPU_TESTS)
+	$(MAKE) --no-print-directory -j$(shell nproc) cuda gpu-extension gpu-75 $(GPU_TESTS)
 	$(PYTHON) tools/gpu_test.py $(if $(RECORD),--record "$(RECORD)") $(if $(ONLY),--only "$(ONLY)") \
 	    $(if $(LIMIT),--seconds $(LIMIT))
 
 gpu-extension:
 	ACCEL_CUDA_ARCHS=none $(PYTHON) setup.py -q build_ext --inplace
 
-# The package with the code of compute capability 7.5 or 8.0 alone, as PTX: what ACCEL_FORCE_ARCH
-# then chooses is what such a card would run, compiled by the driver for the one that is here.
-PTX_SO = build/arch$*/python/accel/libaccel_cuda.so
-gpu-75 gpu-80: gpu-%: gpu-extension
-	$(MAKE) --no-print-directory B=build/c$* CUDA_SO=$(PTX_SO) ACCEL_CUDA_ARCHS=$*+PTX \
-	    GENCODE="-gencode arch=compute_$*,code=compute_$*" $(PTX_SO)
-	tar -C python/accel --exclude=libaccel_cuda.so --exclude=__pycache__ -cf - . | tar -C build/arch$*/python/accel -xf -
+# The package with the code of compute capability 7.5 alone, as PTX: what ACCEL_FORCE_ARCH=75 then
+# chooses is what such a card would run, compiled by the driver for the one that is here.
+PTX_75 := build/arch75/python/accel/libaccel_cuda.so
+gpu-75: gpu-extension
+	$(MAKE) --no-print-directory B=build/c75 CUDA_SO=$(PTX_75) ACCEL_CUDA_ARCHS=75+PTX \
+	    GENCODE="-gencode arch=compute_75,code=compute_75" $(PTX_75)
+	tar -C python/accel --exclude=libaccel_cuda.so --exclude=__pycache__ -cf - . | tar -C build/arch75/python/accel -xf -
 
 # ---- a picture, and the tests, from a fresh clone -------------------------------------------------
 
