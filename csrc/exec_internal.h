@@ -55,7 +55,8 @@ struct ac_exec {
     ac_recording *recording; /* NULL: none */
     uint64_t recorded;       /* key of `recording` */
     uint64_t seen;           /* key of the last eager step section, 0: none */
-    char unrecorded[256];    /* why recording failed; empty: it did not */
+    int32_t failed_recordings; /* in a row */
+    char unrecorded[256];    /* why recording was given up; empty: it was not */
 
     ac_arena memory;         /* of the arrays above */
 };

@@ -6,10 +6,13 @@
  *
  * What a recording depends on is hashed into its key: the addresses and strides at its edges, the
  * lane's arena, the exec's own memory, the weights' generation, and what the caller adds.  A
- * device that fails to record launches from then on. */
+ * recording fails when another thread waits for the whole device meanwhile, so there are some
+ * attempts; after them this exec launches from then on. */
 #include "exec_internal.h"
 
 #include <stdio.h>
+
+#define ATTEMPTS 3
 
 void
 ac_exec_forget_recording(ac_exec *e)
@@ -93,12 +96,15 @@ ac_exec_step(ac_exec *e, ac_device_lane *lane, const ac_run *run)
         return ac_exec_launch_step(e, lane, run);
     }
     if (record(e, lane, run) < 0) {
-        snprintf(e->unrecorded, sizeof e->unrecorded, "%s", ac_error_message());
-        ac_log(1, "recording failed, every run launches its steps: %s", e->unrecorded);
-        e->can_record = false;
         e->seen = 0;
+        if (++e->failed_recordings == ATTEMPTS) {
+            snprintf(e->unrecorded, sizeof e->unrecorded, "%s", ac_error_message());
+            ac_log(1, "recording failed, every run launches its steps: %s", e->unrecorded);
+            e->can_record = false;
+        }
         return ac_exec_launch_step(e, lane, run);
     }
+    e->failed_recordings = 0;
     e->recorded = key;
     return replay(e, lane);
 }

@@ -36,11 +36,13 @@ def normal():
 
 
 @normal()
-def lay_out(keys, parameters):
+def lay_out(keys, parameters, moved):
     """Moves what the plan with these derived weights wants elsewhere.
 
     keys : of the plan's derived weights
     parameters : {the engine's name: parameter}
+    moved : called with each name whose parameter was moved, at once, so that whoever holds the old
+        memory lets go of it before the next one is copied
     Returns the names of those that lie elsewhere now.
     """
     before = {name: (p.data_ptr(), p.stride()) for name, p in parameters.items()}
@@ -50,14 +52,15 @@ def lay_out(keys, parameters):
     for names in joins(keys):
         if taken.isdisjoint(names) and all(name in parameters for name in names):
             taken.update(names)
-            _join([parameters[name] for name in names])
+            _join(names, [parameters[name] for name in names], moved)
     for name, p in parameters.items():
         if name not in taken and p.ndim == 4 and p.shape[2] * p.shape[3] > 1:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
+            moved(name)
     return {name for name, p in parameters.items() if (p.data_ptr(), p.stride()) != before[name]}
 
 
-def _join(parameters):
+def _join(names, parameters, moved):
     """One after the other goes into the new tensor: at most one parameter is there twice, beside
     the joined tensor itself."""
     first = parameters[0]
@@ -70,11 +73,12 @@ def _join(parameters):
     rows = sum(len(p) for p in parameters)
     joined = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=first.device)
     at = 0
-    for p in parameters:
+    for name, p in zip(names, parameters, strict=True):
         view = joined[at:at + len(p)]
         view.copy_(p.data)
         at += len(p)
         p.data = view
+        moved(name)
 
 
 def _are_joined(parameters):

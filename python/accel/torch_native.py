@@ -302,10 +302,11 @@ class Native:
         parameters = {name: d[key] for name, (_, d, key) in
                       zip(self.names, self.watch.parameters, strict=True)}
         self._settle(moved=True)  # what others queued reads them where they are
-        self.laid |= torch_layout.lay_out(self.keys[self.text], parameters)
+        index = {name: i for i, name in enumerate(self.names)}
+        self.laid |= torch_layout.lay_out(self.keys[self.text], parameters,
+                                          lambda name: self._bind(index[name]))
         self._settle(moved=True)
-        for i in self.watch.moved():
-            self._bind(i)
+        self.watch.moved()  # they are bound where they are now
         self.prompts.clear()
         if self.watch.device.type == "cuda":
             torch_layout.give_back()

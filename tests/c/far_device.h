@@ -50,14 +50,13 @@ static struct {
     char *start[FAR_BLOCKS];
     size_t size[FAR_BLOCKS];
     int32_t blocks;
-    size_t live, most;       /* bytes */
+    size_t live, most, uploaded; /* bytes */
     int64_t fail_at;         /* the n-th allocation from now fails; 0: none */
-    bool fail_recording, no_tail;
-    int64_t allocations, launches, uploads, downloads, replays, follows, waits, syncs, events,
-        samplers, tails;
+    int32_t fail_recordings; /* the next ones fail */
+    bool no_tail;
+    int64_t allocations, launches, uploads, downloads, replays, follows, waits, syncs;
+    int64_t events, samplers, tails, copies; /* copies: within far memory, not recorded ones */
     int64_t stream_waits, device_waits; /* far_wait's */
-    int64_t copies;          /* within far memory, not recorded ones */
-    size_t uploaded;         /* bytes */
     int32_t recordings;      /* alive */
 } far;
 
@@ -555,7 +554,8 @@ far_record_end(void *self, ac_lane *lane, ac_recording **out)
     CHECK(l->recording);
     *out = l->recording;
     l->recording = NULL;
-    if (far.fail_recording) {
+    if (far.fail_recordings > 0) {
+        far.fail_recordings--;
         free(*out);
         *out = NULL;
         return ac_error(AC_E_DEVICE, "far: this launch cannot be recorded");

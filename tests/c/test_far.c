@@ -228,7 +228,7 @@ a_device_that_cannot_record_launches(void)
     open_both();
     want = (request){.schedule = schedules[3], .guidance = 2.0};
     CHECK_OK(denoise(&cpu, &want));
-    far.fail_recording = true;
+    far.fail_recordings = 1000;
     ac_model_stats stats;
     ac_model_get_stats(there.model, &stats);
     CHECK(!stats.unrecorded[0]);
@@ -241,7 +241,30 @@ a_device_that_cannot_record_launches(void)
         ac_model_get_stats(there.model, &stats);
         CHECK(strcmp(stats.unrecorded, "far: this launch cannot be recorded") == 0);
     }
-    far.fail_recording = false;
+    CHECK_INT(far.fail_recordings, 1000 - 3);
+    far.fail_recordings = 0;
+    close_both();
+}
+
+/* Somebody waited for the device meanwhile. */
+static void
+a_recording_that_fails_is_tried_again(void)
+{
+    open_both();
+    want = (request){.schedule = schedules[3], .guidance = 2.0};
+    CHECK_OK(denoise(&cpu, &want));
+    for (int failures = 1; failures <= 2; failures++) {
+        ac_model_drop_plans(there.model);
+        far.fail_recordings = failures;
+        got = want;
+        start_count();
+        CHECK_OK(denoise(&there, &got));
+        same_latents(&got, &want);
+        CHECK_INT(far.replays, STEPS - 1 - 2 * failures);
+        ac_model_stats stats;
+        ac_model_get_stats(there.model, &stats);
+        CHECK(!stats.unrecorded[0]);
+    }
     close_both();
 }
 
@@ -390,7 +413,7 @@ strided_inputs_are_packed(void)
 TEST_MAIN(TEST(loops_agree_with_the_cpu), TEST(callbacks_see_and_change_latents),
           TEST(rows_follow_each_other), TEST(a_poll_ends_the_run),
           TEST(latents_that_are_not_finite_are_an_error), TEST(streams_are_ordered_and_read),
-          TEST(a_device_that_cannot_record_launches), TEST(recording_is_switched_off),
-          TEST(a_loop_is_profiled_with_its_sampler),
-          TEST(changed_weights_are_read), TEST(calls_agree_wherever_operands_are),
-          TEST(strided_inputs_are_packed))
+          TEST(a_device_that_cannot_record_launches),
+          TEST(a_recording_that_fails_is_tried_again), TEST(recording_is_switched_off),
+          TEST(a_loop_is_profiled_with_its_sampler), TEST(changed_weights_are_read),
+          TEST(calls_agree_wherever_operands_are), TEST(strided_inputs_are_packed))

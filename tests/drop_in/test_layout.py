@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from dropin import call, close, draw, inputs, loop_ran, module, pipeline, ran, same
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import accel
 from accel import torch_layout
@@ -73,6 +74,26 @@ def test_every_kind(kind, which):
     plain, fast = laid(kind, which)
     assert any(joined(fast))
     again(plain, fast, kind, which)
+
+
+@pytest.mark.parametrize("kind", ["unet", "vae"])
+def test_old_memory_goes_while_parameters_move(kind, monkeypatch):
+    """Not at the end: then a module would be there twice."""
+    fast = accel.compile(module(kind))
+    old = {p: StorageWeakRef(p.untyped_storage()) for p in fast.parameters()}
+    kept = []
+
+    def bind(self, i):
+        real(self, i)
+        kept.append(sum(old[p].cdata != p.untyped_storage()._cdata and not old[p].expired()
+                        for p in old))
+
+    real = Native._bind
+    monkeypatch.setattr(Native, "_bind", bind)
+    args, named = inputs(kind)
+    with ran(fast, native=1):
+        call(fast, kind, args, named)
+    assert len(kept) > len(old) and max(kept) == 0
 
 
 def test_decompile_gives_separate_contiguous_parameters():
