@@ -181,7 +181,7 @@ def kernel_parts():
     for dtype in DTYPES:
         yield Part(f"kernels_{dtype}", [*kernels, dtype, "--all", "--op", "-conv2d"])
         yield Part(f"kernels_{dtype}_conv2d", [*kernels, dtype, "--all", "--op", "conv2d"])
-        some = ["--quick"] if dtype == "bf16" else []  # there it is plain kernels alone
+        some = [] if dtype == "f16" else ["--quick"]  # of the others 7.5 has plain kernels alone
         yield Part(f"kernels_{dtype}_75", [*kernels, dtype, *some], environment=on(75),
                    folder=folder_of(75))
 
@@ -244,11 +244,11 @@ def python_parts_75(pytest, folder):
     """What is added to a run on one GPU is about a tenth: small modules, nothing measured."""
     yield Part("gpu_75", [*pytest, *(folder / f"test_gpu_{n}.py" for n in
                                      ("unet", "vae", "clip", "pictures")), "-k", ARCH75],
-               environment=on(75))
+               environment=on(75) | FIXED)
     yield Part("compile_75", [*pytest, folder / "test_compile_cuda.py", "-m", "not alone", "-k",
                               "float32 or changes or prompts or streams"], environment=on(75))
     chosen = {"pipeline": "half or callbacks or two_runs or generators and euler or own_pipeline",
-              "loop": "", "tensors": "", "streams": ""}
+              "loop": "", "streams": ""}
     for name, some in chosen.items():
         yield Part(f"{name}_75", [*pytest, folder / f"test_{name}_cuda.py", "-m", "not alone",
                                   *(["-k", some] if some else [])], environment=on(75) | FIXED)
