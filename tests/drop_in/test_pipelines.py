@@ -263,7 +263,9 @@ def test_28_threads_with_their_own_schedulers(sd_folder):
     stock, fast = pair(sd_folder)
     pipes = []
     for _ in range(6):
-        pipe = diffusers.StableDiffusionPipeline(**fast.components, requires_safety_checker=False)
+        own = {"tokenizer": copy.deepcopy(fast.tokenizer)}  # a fast one refuses a second thread
+        pipe = diffusers.StableDiffusionPipeline(**fast.components | own,
+                                                 requires_safety_checker=False)
         pipe.scheduler = type(fast.scheduler).from_config(fast.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         pipes.append(pipe)
