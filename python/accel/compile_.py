@@ -383,7 +383,12 @@ def explain_compiled(x, *, as_json=False, passes=False, profile=None, **args):
                 raise UnsupportedError(f"explain: the engine does not run this "
                                        f"{native.class_name} now: {reason}") from None
         args, model = _sizes(native, x, args), native.model
-    if profile is not None:
-        return model.profile(args, as_json, **profile)
-    model = model or _core.Model(config_text(x), None, "cpu", native.passes_off)
-    return model.explain(args, as_json, passes)
+        native.active += 1  # its bindings cannot move meanwhile
+    try:
+        if profile is not None:
+            return model.profile(args, as_json, **profile)
+        model = model or _core.Model(config_text(x), None, "cpu", native.passes_off)
+        return model.explain(args, as_json, passes)
+    finally:
+        with native.lock:
+            native.active -= 1

@@ -172,8 +172,12 @@ class Native:
             self._bind_all()
         elif moved:
             self.laid_out = False
-            for i in moved:
-                self._bind(i)
+            try:
+                for i in moved:
+                    self._bind(i)
+            except BaseException:
+                self._unbind()  # the others would pass for bound at the next call
+                raise
             self._settle()
             self.prompts.clear()
             self.io.clear()

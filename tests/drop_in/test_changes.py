@@ -4,6 +4,8 @@ import copy
 import gc
 import io
 import pickle
+import threading
+import time
 import weakref
 
 import pytest
@@ -154,6 +156,37 @@ def test_channels_last(dtype):
     assert accel.report(fast)["copied_bytes"] == 0
 
 
+def test_a_parameter_that_cannot_be_bound_is_not_taken_for_bound():
+    """The original runs for as long as it is so; another one that moved with it is seen too."""
+    fast = accel.compile(module("unet"))
+    agrees(fast)
+    kept = fast.conv_in.weight.data
+    wide = torch.randn(*kept.shape[:-1], 2 * kept.shape[-1])
+    fast.conv_in.weight.data = wide[..., ::2]
+    fast.conv_out.weight.data = fast.conv_out.weight.data * 2
+    args, named = inputs("unet")
+    plain = copy.deepcopy(fast)
+    with ran(fast, 0, 3, "conv_in.weight is a view with gaps"):
+        for _ in range(3):
+            assert close(call(fast, "unet", args, named), call(plain, "unet", args, named))
+    fast.conv_in.weight.data = kept
+    agrees(fast)
+
+
+def test_parameters_that_move_while_a_profile_runs():
+    fast = accel.compile(module("unet"))
+    before = agrees(fast)
+    thread = threading.Thread(target=lambda: accel.explain(fast, profile=True, repeats=1500))
+    thread.start()
+    while not fast._accel.active and thread.is_alive():
+        time.sleep(0.01)
+    fast.conv_in.weight.data = fast.conv_in.weight.data * 3
+    after = agrees(fast)
+    assert thread.is_alive() and not close(after, before, 1e-3)
+    thread.join()
+    assert close(agrees(fast), after, 0) and fast._accel.active == 0
+
+
 def test_channels_last_first_called_in_inference_mode():
     fast = accel.compile(module("unet").to(memory_format=torch.channels_last))
     with torch.inference_mode():
@@ -270,8 +303,6 @@ def test_replaced_submodule_of_the_same_kind():
 
 
 def test_a_thread_each():
-    import threading
-
     fast = accel.compile(module("unet"))
     plain = copy.deepcopy(fast)
     cases = [inputs("unet", seed=i, size=8 + 2 * (i % 3))[0] for i in range(6)]
@@ -296,7 +327,6 @@ def test_fork_while_another_thread_examines_the_module():
     """A child runs it though the thread that held its lock is not there."""
     import os
     import signal
-    import threading
 
     fast = accel.compile(module("unet"))
     args = inputs("unet")[0]
