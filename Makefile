@@ -150,12 +150,12 @@ test-install: $(PY) ## what the tests need, into .venv
 	    $(MAKE) --no-print-directory cuda-headers || \
 	    echo "cuda: NO HEADERS of cuBLASLt and cuDNN: what calls them is not compiled"; fi
 
-# That all compiles is seen with one.
-TEST_ARCHS := $(or $(ACCEL_CUDA_ARCHS),$(if $(NVCC_PATH),90a))
+# That all compiles is seen with one; an nvcc that is too old for it is passed over.
+TEST_ARCHS := $(or $(ACCEL_CUDA_ARCHS),$(if $(filter 90,$(CUDA_KNOWN)),90a))
 test-build: $(PY) ## the extension, the C tests, and the GPU library where nvcc is
 	CPPFLAGS=-Werror ACCEL_CUDA_ARCHS="$(TEST_ARCHS)" $(PIP) install --no-build-isolation --no-deps -e .
 	$(MAKE) --no-print-directory -j$(shell nproc) ACCEL_CUDA_ARCHS="$(TEST_ARCHS)" $(CTESTS) \
-	    $(if $(NVCC_PATH),$(B)/tests/cuda_own)
+	    $(if $(NVCC_PATH),$(if $(filter-out none,$(TEST_ARCHS)),$(B)/tests/cuda_own))
 
 test-run: check-c ## lint, C tests, Python tests, and both ways to install
 	$(PY) tools/lint.py
