@@ -355,11 +355,13 @@ tails_are_the_same_bits(void)
     ac_device *device = open_gpu();
     for (size_t k = 0; device && k < 2 * AC_ARRAY_LEN(schedules); k++) {
         const char *schedule = schedules[k / 2];
-        ac_dtype dtype = k % 2 && device->caps.isa >= 80 ? AC_BF16 : AC_F16;
+        bool old = device->caps.isa < 80; /* no bf16, and slow attention over many pixels */
+        size_t n_sizes = AC_ARRAY_LEN(sizes) - old;
+        ac_dtype dtype = k % 2 && !old ? AC_BF16 : AC_F16;
         open_backends(device, dtype);
         for (int guided = 0; guided < 2; guided++) {
             want = (request){.schedule = schedule, .guidance = guided ? 4.0 : 1.0,
-                             .size = sizes[(k + k / 4) % AC_ARRAY_LEN(sizes)],
+                             .size = sizes[(k + k / 4) % n_sizes],
                              .ragged = k % 3 == 1};
             got = want;
             CHECK_OK(denoise(&cpu, &want));
