@@ -59,7 +59,7 @@ typedef enum ac_sampler_phase {
  * whatever the UNet computes in. */
 typedef struct ac_sampler_job {
     int64_t images, per_image;
-    int32_t n_rows;
+    int32_t n_rows;  /* behind the last one a tail makes no input, nor does a GPU's SCALE */
     bool guided;     /* sample and output have 2 n images, the unconditional ones first */
     bool rescales;   /* guidance_rescale is not 0 */
     bool thresholds; /* rows have a threshold */

@@ -89,7 +89,9 @@ weights_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     if (of(self)) {
+        Py_BEGIN_ALLOW_THREADS /* derived weights on a device go with it; see model.c */
         ac_weights_unref(of(self));
+        Py_END_ALLOW_THREADS
     }
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
@@ -334,7 +336,11 @@ weights_drop_derived(PyObject *self, PyObject *unused)
     if (check_idle(self) < 0) {
         return NULL;
     }
+    ac_py_weights_busy(self, 1);
+    Py_BEGIN_ALLOW_THREADS
     ac_weights_drop_derived(of(self));
+    Py_END_ALLOW_THREADS
+    ac_py_weights_busy(self, -1);
     Py_RETURN_NONE;
 }
 

@@ -9,6 +9,8 @@ When something changed, examine() compares the module with one that its config b
 meta device: the same names, types, plain attributes and processors mean that the engine's graph is
 what the module computes. Whatever differs (adapters, foreign attention processors, circular
 padding, FreeU, hooks, replaced forwards) is a reason to run the module itself.
+
+Seen keeps what was found out about a caller's tensors for as long as they come back unchanged.
 """
 
 import inspect
