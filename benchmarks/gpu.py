@@ -393,8 +393,9 @@ def memory_of(kind, who):
     def go_on(state):
         """Lets it go on until it is there; what it says then."""
         if state != "imported":
-            life.stdin.write("\n")
-            life.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it ended: said below
+                life.stdin.write("\n")
+                life.stdin.flush()
         for line in life.stdout:
             if line.startswith('{"state"') and json.loads(line)["state"] == state:
                 return json.loads(line)

@@ -127,7 +127,8 @@ ac_cuda_tail_fits(const ac_caps *caps, const ac_problem *conv, const ac_sampler_
            ac_conv_gemm(conv, NULL, &g) && ac_narrow_fits(g, caps->isa) && is_of_job(g, *job);
 }
 
-/* One launch after the other, for a weight that vectors cannot read. */
+/* One launch after the other, for a weight that vectors cannot read; nothing is rounded to halves
+ * in between. */
 static ac_status
 launch_apart(ac_lane *lane, ac_gemm *g, const ac_sampler_job *job)
 {

@@ -43,11 +43,9 @@ def lay_out(keys, parameters, moved):
     parameters : {the engine's name: parameter}
     moved : called with each name whose parameter was moved, at once, so that whoever holds the old
         memory lets go of it before the next one is copied
-    Returns the names of those that lie elsewhere now.
     """
-    before = {name: (p.data_ptr(), p.stride()) for name, p in parameters.items()}
     if any(p.is_inference() for p in parameters.values()):
-        return set()
+        return
     taken = set()
     for names in joins(keys):
         if taken.isdisjoint(names) and all(name in parameters for name in names):
@@ -55,9 +53,10 @@ def lay_out(keys, parameters, moved):
             _join(names, [parameters[name] for name in names], moved)
     for name, p in parameters.items():
         if name not in taken and p.ndim == 4 and p.shape[2] * p.shape[3] > 1:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
-            moved(name)
-    return {name for name, p in parameters.items() if (p.data_ptr(), p.stride()) != before[name]}
+            laid = p.data.contiguous(memory_format=torch.channels_last)
+            if (laid.data_ptr(), laid.stride()) != (p.data_ptr(), p.stride()):
+                p.data = laid
+                moved(name)
 
 
 def _join(names, parameters, moved):

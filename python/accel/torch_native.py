@@ -307,8 +307,12 @@ class Native:
                       zip(self.names, self.watch.parameters, strict=True)}
         self._settle(moved=True)  # what others queued reads them where they are
         index = {name: i for i, name in enumerate(self.names)}
-        self.laid |= torch_layout.lay_out(self.keys[self.text], parameters,
-                                          lambda name: self._bind(index[name]))
+
+        def moved(name):
+            self.laid.add(name)
+            self._bind(index[name])
+
+        torch_layout.lay_out(self.keys[self.text], parameters, moved)
         self._settle(moved=True)
         self.watch.moved()  # they are bound where they are now
         self.prompts.clear()
