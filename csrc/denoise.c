@@ -197,14 +197,6 @@ fill_head(loop *l, const layout *m)
     return AC_OK;
 }
 
-static bool
-has_tail(const loop *l)
-{
-    const ac_caps *caps = &ac_model_device(l->a->unet)->caps;
-    const ac_problem *conv = ac_exec_tail(l->exec);
-    return conv && l->backend->tail_fits && l->backend->tail_fits(caps, conv, &l->job);
-}
-
 static ac_status
 allocate(loop *l)
 {
@@ -217,7 +209,7 @@ allocate(loop *l)
     l->job.rescales = l->job.guided && a->guidance_rescale > 0.0;
     l->job.thresholds = any_row(l, has_threshold);
     l->job.io = l->io;
-    l->tail = has_tail(l);
+    l->tail = ac_exec_has_tail(l->exec, &l->job);
     count_noises(l);
     layout m = lay_out(l);
     if (m.failed) {
@@ -446,13 +438,6 @@ draw_back(loop *l)
 /* ---- rows ------------------------------------------------------------------------------------ */
 
 static ac_status
-tail_of_step(void *arg, ac_device_lane *lane, const ac_problem *conv, const void *prepared)
-{
-    loop *l = arg;
-    return l->backend->tail(l->self, lane->lane, conv, prepared, &l->job);
-}
-
-static ac_status
 after_step(void *arg, ac_device_lane *lane)
 {
     loop *l = arg;
@@ -476,8 +461,8 @@ run_row(loop *l)
     }
     ac_run run = {.from = row == 0 ? AC_RATE_PROMPT : AC_RATE_STEP, .stream = a->stream,
                   .queue = true, .fixed = true, .before = l->tail ? NULL : before_step,
-                  .after = l->tail ? NULL : after_step, .tail = l->tail ? tail_of_step : NULL,
-                  .arg = l, .done = l->events[row % (AHEAD + 1)],
+                  .after = l->tail ? NULL : after_step, .arg = l,
+                  .tail = l->tail ? &l->job : NULL, .done = l->events[row % (AHEAD + 1)],
                   .key = l->backend->host_memory
                              ? 0 : ac_hash(&l->job, sizeof l->job, AC_HASH_SEED)};
     AC_TRY(ac_exec_run_with(l->exec, &run));

@@ -338,21 +338,25 @@ tail_step(const ac_plan *plan)
                ? s : AC_NONE;
 }
 
-const ac_problem *
-ac_exec_tail(const ac_exec *e)
+bool
+ac_exec_has_tail(const ac_exec *e, const ac_sampler_job *job)
 {
+    const ac_device *device = e->plan->device;
     int32_t s = tail_step(e->plan);
-    return s == AC_NONE ? NULL : &e->plan->steps[s].problem;
+    return s != AC_NONE && device->backend->tail_fits &&
+           device->backend->tail_fits(&device->caps, &e->plan->steps[s].problem, job);
 }
 
 ac_status
-ac_exec_launch_tail(ac_exec *e, ac_device_lane *lane, const ac_run *run)
+ac_exec_launch_tail(ac_exec *e, ac_device_lane *lane, const ac_sampler_job *job)
 {
+    const ac_device *device = e->plan->device;
     int32_t s = tail_step(e->plan);
     const ac_step *step = &e->plan->steps[s];
     ac_exec_resolve(e, lane, s);
     return launched(e, step, "tail",
-                    run->tail(run->arg, lane, &e->problems[s], prepared_of(e, step)));
+                    device->backend->tail(device->self, lane->lane, &e->problems[s],
+                                          prepared_of(e, step), job));
 }
 
 ac_status
@@ -364,7 +368,7 @@ ac_exec_launch_step(ac_exec *e, ac_device_lane *lane, const ac_run *run)
     }
     AC_TRY(launch_steps(e, lane, e->plan->first[AC_RATE_STEP], end));
     if (run->tail) {
-        AC_TRY(ac_exec_launch_tail(e, lane, run));
+        AC_TRY(ac_exec_launch_tail(e, lane, run->tail));
     }
     return run->after ? run->after(run->arg, lane) : AC_OK;
 }

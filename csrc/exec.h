@@ -28,9 +28,6 @@ void ac_exec_unbind(ac_exec *exec);
 
 /* Launches more work in the lane of a run. */
 typedef ac_status (*ac_exec_fn)(void *arg, ac_device_lane *lane);
-/* Launches the convolution of ac_exec_tail, whose operands are bound now, in its own way. */
-typedef ac_status (*ac_exec_tail_fn)(void *arg, ac_device_lane *lane, const ac_problem *conv,
-                                     const void *prepared);
 
 typedef struct ac_run {
     ac_rate from;      /* first section; see ac_exec_run */
@@ -43,8 +40,9 @@ typedef struct ac_run {
     /* NULL, or what goes before and after the step section, and is recorded with it: launches on
      * the device alone.  `key` stands for all that they pass by value. */
     ac_exec_fn before, after;
-    ac_exec_tail_fn tail; /* NULL, or launched instead of the steps from ac_exec_tail on */
     void *arg;
+    const ac_sampler_job *tail; /* NULL, or the backend's tail with this job is launched instead of
+                                   the last two steps: ac_exec_has_tail; `key` stands for it too */
     uint64_t key;
 } ac_run;
 
@@ -55,9 +53,9 @@ typedef struct ac_run {
  * addresses and replayed from then on (ACCEL_GRAPH=off when the exec was made: never).
  * Out of memory leaves nothing of this run allocated. */
 ac_status ac_exec_run_with(ac_exec *exec, const ac_run *run);
-/* The convolution, as planned, whose result the last step brings to the only output in NCHW; NULL:
- * the plan does not end so. */
-const ac_problem *ac_exec_tail(const ac_exec *exec);
+/* Whether the plan ends with a convolution whose result the last step brings to the only output in
+ * NCHW, and the backend has a tail for it and this job. */
+bool ac_exec_has_tail(const ac_exec *exec, const ac_sampler_job *job);
 /* Calls `fn` in the order of this exec's runs; `wait` for what it queued. */
 ac_status ac_exec_visit(ac_exec *exec, ac_stream stream, bool wait, ac_exec_fn fn, void *arg);
 ac_status ac_exec_run_on(ac_exec *exec, ac_rate from, ac_stream stream);

@@ -72,8 +72,8 @@ ac_exec_on_host(const ac_exec *e)
 /* Puts addresses into the step's problem. */
 void ac_exec_resolve(ac_exec *e, const ac_device_lane *lane, int32_t s);
 ac_status ac_exec_launch(ac_exec *e, ac_device_lane *lane, int32_t s);
-/* The same by the caller's tail. */
-ac_status ac_exec_launch_tail(ac_exec *e, ac_device_lane *lane, const ac_run *run);
+/* The backend's tail instead of the last two steps. */
+ac_status ac_exec_launch_tail(ac_exec *e, ac_device_lane *lane, const ac_sampler_job *job);
 /* before, the step section, tail, after. */
 ac_status ac_exec_launch_step(ac_exec *e, ac_device_lane *lane, const ac_run *run);
 

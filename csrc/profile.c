@@ -69,23 +69,10 @@ launch_sampler(timer *t, const ac_sampler_job *job)
     return AC_OK;
 }
 
-typedef struct tail {
-    const ac_device *device;
-    const ac_sampler_job *job;
-} tail;
-
-static ac_status
-tail_of_job(void *arg, ac_device_lane *lane, const ac_problem *conv, const void *prepared)
-{
-    const tail *a = arg;
-    return a->device->backend->tail(a->device->self, lane->lane, conv, prepared, a->job);
-}
-
 static ac_status
 launch_tail(timer *t, const ac_sampler_job *job)
 {
-    tail arg = {t->exec->plan->device, job};
-    AC_TRY(ac_exec_launch_tail(t->exec, t->lane, &(ac_run){.tail = tail_of_job, .arg = &arg}));
+    AC_TRY(ac_exec_launch_tail(t->exec, t->lane, job));
     return mark(t, 1);
 }
 
@@ -219,15 +206,10 @@ fill_rows(const job_layout *m, char *host)
 static ac_status
 time_phases(timer *t, const ac_sampler_job *job, int32_t repeats, ac_profile_times *times)
 {
-    const ac_device *device = t->exec->plan->device;
-    const ac_problem *conv = ac_exec_tail(t->exec);
     section s = {.job = job};
     AC_TRY(time_section(t, &s, repeats, times->sampler));
-    if (!conv || !device->backend->tail || !device->backend->tail_fits(&device->caps, conv, job)) {
-        return AC_OK;
-    }
-    s.tail = true;
-    return time_section(t, &s, repeats, &times->tail);
+    s.tail = ac_exec_has_tail(t->exec, job);
+    return s.tail ? time_section(t, &s, repeats, &times->tail) : AC_OK;
 }
 
 static ac_status
