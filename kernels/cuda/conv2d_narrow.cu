@@ -30,21 +30,6 @@ narrow_kernel(const __grid_constant__ ac_gemm g)
     }
 }
 
-template <typename T, int LINES>
-static ac_status
-launch_tiles(ac_lane *lane, const ac_gemm &g)
-{
-    return ac_cuda_launch(lane, "conv2d narrow", narrow_kernel<T, LINES>, ac_narrow_grid<LINES>(g),
-                          THREADS, ac_narrow_tile<LINES>::BYTES, g);
-}
-
-template <typename T>
-static ac_status
-launch_dtype(ac_lane *lane, const ac_gemm &g)
-{
-    return g.rows < FEW ? launch_tiles<T, 1>(lane, g) : launch_tiles<T, 4>(lane, g);
-}
-
 static bool
 supports(const ac_problem *p, const ac_caps *caps)
 {
@@ -59,8 +44,10 @@ launch(ac_lane *lane, const ac_problem *p, void *, const void *prepared)
     if (!ac_conv_gemm_at_launch(p, prepared, &g) || !ac_narrow_aligned(g)) {
         return ac_cuda_gemm_plain(lane, &g);
     }
-    return g.out.dtype == AC_F16 ? launch_dtype<__half>(lane, g)
-                                 : launch_dtype<__nv_bfloat16>(lane, g);
+    return ac_narrow_choose(g, [&]<typename T, int LINES>() {
+        return ac_cuda_launch(lane, "conv2d narrow", narrow_kernel<T, LINES>,
+                              ac_narrow_grid<LINES>(g), THREADS, ac_narrow_tile<LINES>::BYTES, g);
+    });
 }
 
 extern "C" const ac_kernel ac_cuda_conv2d_narrow = {

@@ -221,4 +221,20 @@ ac_narrow_grid(const ac_gemm &g)
                 (unsigned)images);
 }
 
+template <typename T, typename F>
+static inline ac_status
+ac_narrow_lines(const ac_gemm &g, const F &launch)
+{
+    return g.rows < FEW ? launch.template operator()<T, 1>() : launch.template operator()<T, 4>();
+}
+
+/* launch<T, LINES>() for this convolution: whoever multiplies it sums in the same order. */
+template <typename F>
+static inline ac_status
+ac_narrow_choose(const ac_gemm &g, const F &launch)
+{
+    return g.out.dtype == AC_F16 ? ac_narrow_lines<__half>(g, launch)
+                                 : ac_narrow_lines<__nv_bfloat16>(g, launch);
+}
+
 #endif

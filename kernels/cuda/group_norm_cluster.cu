@@ -10,6 +10,7 @@
  * sums around pivots that a block's threads have in common: adding is all the merging up to there.
  * Bound: memory, one read and one write of the tensor. */
 #include "group_norm.cuh"
+#include "mma.cuh"
 
 static constexpr int THREADS = 320;     /* of a block at most */
 static constexpr int WIDE = 8;          /* halves of a vector */
@@ -30,12 +31,6 @@ threads_at_once(int vectors)
 
 /* ---- blocks that write into each other's shared memory --------------------------------------- */
 
-__device__ static inline uint32_t
-shared_address(const void *p)
-{
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
 /* The same place in block `rank` of the cluster. */
 __device__ static inline uint32_t
 address_in(uint32_t address, uint32_t rank)
@@ -49,7 +44,7 @@ address_in(uint32_t address, uint32_t rank)
 __device__ static inline void
 expect(uint64_t *arrived, uint32_t bytes)
 {
-    uint32_t at = shared_address(arrived);
+    uint32_t at = ac_shared_address(arrived);
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
@@ -61,9 +56,9 @@ __device__ static inline void
 send(float4 *to, uint64_t *arrived, uint32_t rank, float4 v)
 {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
-                 "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(address_in(shared_address(to), rank)),
+                 "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(address_in(ac_shared_address(to), rank)),
                  "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w),
-                 "r"(address_in(shared_address(arrived), rank))
+                 "r"(address_in(ac_shared_address(arrived), rank))
                  : "memory");
 }
 
@@ -76,7 +71,7 @@ wait_for(uint64_t *arrived)
                      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
                      "selp.u32 %0, 1, 0, p; }"
                      : "=r"(done)
-                     : "r"(shared_address(arrived))
+                     : "r"(ac_shared_address(arrived))
                      : "memory");
     }
 }

@@ -95,27 +95,12 @@ tail_kernel(const __grid_constant__ ac_gemm g, const __grid_constant__ ac_sample
     }
 }
 
-template <typename T, int LINES>
-static ac_status
-launch_tiles(ac_lane *lane, const ac_gemm &g, const ac_sampler_job &job)
-{
-    return ac_cuda_launch(lane, "tail", tail_kernel<T, LINES>, ac_narrow_grid<LINES>(g), THREADS,
-                          ac_narrow_tile<LINES>::BYTES, g, job);
-}
-
-template <typename T>
-static ac_status
-launch_dtype(ac_lane *lane, const ac_gemm &g, const ac_sampler_job &job)
-{
-    return g.rows < FEW ? launch_tiles<T, 1>(lane, g, job) : launch_tiles<T, 4>(lane, g, job);
-}
-
 /* The whole output of the UNet, and no more. */
 static bool
 is_of_job(const ac_gemm &g, const ac_sampler_job &job)
 {
     const int64_t pixels = (int64_t)g.out_height * g.out_width;
-    return pixels * g.columns == job.per_image && !g.residual.data &&
+    return pixels * g.columns == job.per_image &&
            g.rows == pixels * job.images * (job.guided ? 2 : 1);
 }
 
@@ -147,6 +132,8 @@ ac_cuda_tail(void *, ac_lane *lane, const ac_problem *conv, const void *prepared
     if (!ac_conv_gemm_at_launch(conv, prepared, &g) || !ac_narrow_aligned(g)) {
         return launch_apart(lane, &g, job);
     }
-    return g.out.dtype == AC_F16 ? launch_dtype<__half>(lane, g, *job)
-                                 : launch_dtype<__nv_bfloat16>(lane, g, *job);
+    return ac_narrow_choose(g, [&]<typename T, int LINES>() {
+        return ac_cuda_launch(lane, "tail", tail_kernel<T, LINES>, ac_narrow_grid<LINES>(g),
+                              THREADS, ac_narrow_tile<LINES>::BYTES, g, *job);
+    });
 }
