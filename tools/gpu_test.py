@@ -31,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "test-gpu"
 CTESTS = ROOT / "build" / "c" / "tests"
+CUDA_75 = ROOT / "build" / "arch75"  # python/accel there has the code of sm_75 alone
 GOOD = ("passed", "skipped", "no tests")
 NO_TESTS = 5  # pytest's status when a filter left none
 RAN = "ran on cuda"
@@ -136,14 +137,9 @@ def search(*folders):
     return {"PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)}
 
 
-def folder_of(arch):
-    """Its python/accel has the code of that architecture alone: make gpu-75."""
-    return ROOT / "build" / f"arch{arch}"
-
-
-def on(arch):
-    """What a card of that compute capability would choose, in the code that is built for it."""
-    return {"ACCEL_FORCE_ARCH": str(arch)} | search(folder_of(arch) / "python")
+def on_75():
+    """What a card of compute capability 7.5 would choose, in the code that is built for it."""
+    return {"ACCEL_FORCE_ARCH": "75"} | search(CUDA_75 / "python")
 
 
 # ---- the parts -----------------------------------------------------------------------------------
@@ -165,14 +161,14 @@ def c_parts():
     yield Part("c_fused_random", [CTESTS / "test_fused_random"], 180,
                environment=cuda | FIXED)
     yield Part("c_models_75", [CTESTS / "test_cuda_models"], 120, wants="float16",
-               environment=on(75), folder=folder_of(75))
+               environment=on_75(), folder=CUDA_75)
     # Of the engine what is not about memory.
     for name, *chosen in (("cuda_engine", "streams"), ("cuda_engine", "captures"),
                           ("cuda_engine", "replays"), ("cuda_engine", "threads"), ("cuda_loop",),
                           ("fused",)):
         yield Part("_".join(["c", name.removeprefix("cuda_"), *chosen, "75"]),
                    [CTESTS / f"test_{name}", *chosen], 120, wants=RAN,
-                   environment=on(75) | cuda | FIXED, folder=folder_of(75))
+                   environment=on_75() | cuda | FIXED, folder=CUDA_75)
 
 
 def kernel_parts():
@@ -182,8 +178,8 @@ def kernel_parts():
         yield Part(f"kernels_{dtype}", [*kernels, dtype, "--all", "--op", "-conv2d"])
         yield Part(f"kernels_{dtype}_conv2d", [*kernels, dtype, "--all", "--op", "conv2d"])
         some = [] if dtype == "f16" else ["--quick"]  # of the others 7.5 has plain kernels alone
-        yield Part(f"kernels_{dtype}_75", [*kernels, dtype, *some], environment=on(75),
-                   folder=folder_of(75))
+        yield Part(f"kernels_{dtype}_75", [*kernels, dtype, *some], environment=on_75(),
+                   folder=CUDA_75)
 
 
 def sanitizer_parts():
@@ -202,7 +198,7 @@ def sanitizer_parts():
             yield Part(f"{check}_f16_{kernel}", [*command, *quick, "--dtype", "f16", "--op", op,
                                                  "--kernel", kernel, "--flops", flops])
         yield Part(f"{check}_f16_75", [*command, *quick, "--dtype", "f16", "--flops", "1e6"],
-                   environment=on(75), folder=folder_of(75))
+                   environment=on_75(), folder=CUDA_75)
         for dtype in DTYPES:
             one = [*command, *quick, "--dtype", dtype]
             if check == "memcheck":
@@ -244,14 +240,14 @@ def python_parts_75(pytest, folder):
     """What is added to a run on one GPU is about a tenth: small modules, nothing measured."""
     yield Part("gpu_75", [*pytest, *(folder / f"test_gpu_{n}.py" for n in
                                      ("unet", "vae", "clip", "pictures")), "-k", ARCH75],
-               environment=on(75) | FIXED)
+               environment=on_75() | FIXED)
     yield Part("compile_75", [*pytest, folder / "test_compile_cuda.py", "-m", "not alone", "-k",
-                              "float32 or changes or prompts or streams"], environment=on(75))
+                              "float32 or changes or prompts or streams"], environment=on_75())
     chosen = {"pipeline": "half or callbacks or two_runs or generators and euler or own_pipeline",
               "loop": "", "streams": ""}
     for name, some in chosen.items():
         yield Part(f"{name}_75", [*pytest, folder / f"test_{name}_cuda.py", "-m", "not alone",
-                                  *(["-k", some] if some else [])], environment=on(75) | FIXED)
+                                  *(["-k", some] if some else [])], environment=on_75() | FIXED)
 
 
 def alone_parts(pytest, folder, gpus):
