@@ -10,7 +10,7 @@
 #include "kernel.h"
 #include "sampler.h"
 
-#define AC_ABI 8 /* of ac_backend and everything it reaches; another number is refused */
+#define AC_ABI 9 /* of ac_backend and everything it reaches; another number is refused */
 
 /* Nothing of it is touched before the numbers were compared. */
 typedef struct ac_host {

@@ -34,6 +34,7 @@ ac_operand(const ac_problem *p, int32_t slot)
 typedef struct ac_caps {
     int32_t isa;     /* CPU: AC_ISA_*; CUDA: compute capability, 90 */
     int32_t workers; /* CPU threads; CUDA: multiprocessors */
+    bool tf32;       /* has products of f32 rounded to TF32 */
     /* What it reaches in practice, 0: not known.  FLOP/s in f16 and bf16, and in f32; bytes/s. */
     double half_flops, float_flops, bandwidth;
 } ac_caps;

@@ -198,7 +198,7 @@ own_args(const ac_model *m, const ac_build_args *args, ac_build_args *out)
                         m->cls->name);
     }
     out->entry = *entry;
-    out->tf32 = args->compute == AC_F32 ? args->tf32 & (AC_TF32_MATMUL | AC_TF32_CONV) : 0;
+    out->tf32 = args->compute == AC_F32 && m->device->caps.tf32 ? args->tf32 : 0;
     return AC_OK;
 }
 

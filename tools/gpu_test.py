@@ -9,6 +9,9 @@ the end.  Where there are several GPUs each part has another first one, and stil
 Every part runs, whatever failed before; logs go to build/test-gpu.  The last lines say what failed,
 and so does the exit status.
 
+With ACCEL_FORCE_ARCH=75 all of it runs as on a card of compute capability 7.5, with the code that
+is built for it; without, a few parts do, whose names end in _75.
+
 The record (benchmarks/records/<date>-<gpu>-test.json, with --only build/test-gpu/record.json) has
 versions, each part and test with its outcome and its seconds, kernel runs, and all figures that
 the tests measured.
@@ -32,6 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "test-gpu"
 CTESTS = ROOT / "build" / "c" / "tests"
 CUDA_75 = ROOT / "build" / "arch75"  # python/accel there has the code of sm_75 alone
+FORCED = os.environ.get("ACCEL_FORCE_ARCH", "")
+PLACE = CUDA_75 if FORCED == "75" else ROOT  # python/accel there is what is tested
 GOOD = ("passed", "skipped", "no tests")
 NO_TESTS = 5  # pytest's status when a filter left none
 RAN = "ran on cuda"
@@ -40,8 +45,8 @@ DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 FIXED = {"ACCEL_TUNE": "off"}
 # Beside, alone on a GPU, with nobody else running at all.
 BESIDE, ALONE, ONLY = range(3)
-# On sm_75 all of bfloat16 is plain kernels, which full sizes are too large for.
-ARCH75 = "float16 and not bfloat16 and (sd15 or 512 or clip_l or shipped)"
+# A few of the full sizes as on sm_75, beside the card's own.
+SOME_75 = "float16 and not bfloat16 and (sd15 or 512 or clip_l or shipped)"
 
 
 @dataclass
@@ -54,7 +59,7 @@ class Part:
     place: int = BESIDE
     wants: str = ""  # text that its log must have
     environment: dict = field(default_factory=dict)
-    folder: Path = ROOT
+    folder: Path = PLACE
     outcome: str = "not reached"
     seconds: float = 0.0
     gpu: int = 0  # the one that it sees first
@@ -237,17 +242,12 @@ def python_parts(gpus):
 
 
 def python_parts_75(pytest, folder):
-    """What is added to a run on one GPU is about a tenth: small modules, nothing measured."""
+    """Little beside a run on one GPU, and nothing measured."""
     yield Part("gpu_75", [*pytest, *(folder / f"test_gpu_{n}.py" for n in
-                                     ("unet", "vae", "clip", "pictures")), "-k", ARCH75],
+                                     ("unet", "vae", "clip", "pictures")), "-k", SOME_75],
                environment=on_75() | FIXED)
-    yield Part("compile_75", [*pytest, folder / "test_compile_cuda.py", "-m", "not alone", "-k",
-                              "float32 or changes or prompts or streams"], environment=on_75())
-    chosen = {"pipeline": "half or callbacks or two_runs or generators and euler or own_pipeline",
-              "loop": "", "streams": ""}
-    for name, some in chosen.items():
-        yield Part(f"{name}_75", [*pytest, folder / f"test_{name}_cuda.py", "-m", "not alone",
-                                  *(["-k", some] if some else [])], environment=on_75() | FIXED)
+    yield Part("loop_75", [*pytest, folder / "test_loop_cuda.py", "-m", "not alone"],
+               environment=on_75() | FIXED)
 
 
 def alone_parts(pytest, folder, gpus):
@@ -262,7 +262,11 @@ def alone_parts(pytest, folder, gpus):
 
 
 def all_parts(gpus):
-    return [*python_parts(gpus), *kernel_parts(), *sanitizer_parts(), *c_parts()]
+    parts = [*python_parts(gpus), *kernel_parts(), *sanitizer_parts(), *c_parts()]
+    if PLACE == ROOT:
+        return parts
+    # cuda_own is linked with the kernels of this card.
+    return [p for p in parts if not p.name.endswith(("_75", "_own"))]
 
 
 # ---- running them --------------------------------------------------------------------------------
@@ -354,7 +358,8 @@ def record_of(parts, gpus, seconds):
     lines = [line | {"part": part.name} for part in parts for line in part.lines()]
     tests = [x for x in lines if x["kind"] == "TEST"]
     runs = kernel_runs(parts)
-    record = {"versions": versions(), "gpus": len(gpus), "passed": all(p.good for p in parts),
+    record = {"versions": versions(), "gpus": len(gpus), "ACCEL_FORCE_ARCH": FORCED,
+              "passed": all(p.good for p in parts),
               "seconds": seconds,
               "outcomes": {o: sum(p.outcome == o for p in parts)
                            for o in sorted({p.outcome for p in parts})},
@@ -410,7 +415,8 @@ def path_of(record, only):
     if only:
         return OUT / "record.json"
     gpu = record["versions"].get("gpu", "none").replace("NVIDIA ", "").split()[0].lower()
-    return ROOT / "benchmarks" / "records" / f"{record['versions']['date'][:10]}-{gpu}-test.json"
+    name = f"{record['versions']['date'][:10]}-{gpu}-test{FORCED and '-' + FORCED}.json"
+    return ROOT / "benchmarks" / "records" / name
 
 
 def main():
@@ -421,9 +427,9 @@ def main():
     parser.add_argument("--jobs", type=int, help="at once; 10 a GPU, if there are 16 CPUs for them")
     parser.add_argument("--list", action="store_true", help="print the parts")
     args = parser.parse_args()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
-                   "PYTHONPATH": os.pathsep.join(filter(None, (
-                       str(ROOT / "python"), os.environ.get("PYTHONPATH"))))}
+    if FORCED not in ("", "75"):
+        parser.error(f"ACCEL_FORCE_ARCH: found {FORCED}, expected 75 or none: no other is built")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | search(PLACE / "python")
     gpus = list_gpus()
     parts = [p for p in all_parts(gpus) if re.search(args.only, p.name)]
     if args.list:

@@ -119,7 +119,8 @@ read_caps(int32_t index, ac_caps *caps)
     AC_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
     AC_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
     int arch = major * 10 + minor;
-    *caps = (ac_caps){.isa = allowed_arch(arch), .workers = processors};
+    int allowed = allowed_arch(arch);
+    *caps = (ac_caps){.isa = allowed, .workers = processors, .tf32 = allowed >= 80};
     return read_peaks(index, arch, caps);
 }
 

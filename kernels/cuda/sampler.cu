@@ -10,6 +10,7 @@
  * Arithmetic and roundings are those of csrc/sampler.c, without fused multiply-adds: the same bits,
  * but for the sums of rescale.  Latents are small (a megabyte at most an image); all of it is a few
  * microseconds, most of it launches. */
+#include "reduce.cuh"
 #include "sampler.cuh"
 
 __device__ static inline const ac_sched_row &
@@ -56,19 +57,14 @@ guide_kernel(ac_sampler_job job)
 __device__ static double
 block_sum(double value, double *shared)
 {
-    for (int offset = 16; offset > 0; offset /= 2) {
-        value += __shfl_down_sync(0xffffffffu, value, offset);
-    }
+    value = ac_reduce_warp(value, ac_sum_of());
     __syncthreads();
     if (threadIdx.x % 32 == 0) {
         shared[threadIdx.x / 32] = value;
     }
     __syncthreads();
     if (threadIdx.x < 32) {
-        value = shared[threadIdx.x];
-        for (int offset = 16; offset > 0; offset /= 2) {
-            value += __shfl_down_sync(0xffffffffu, value, offset);
-        }
+        value = ac_reduce_warp(shared[threadIdx.x], ac_sum_of());
         if (threadIdx.x == 0) {
             shared[0] = value;
         }

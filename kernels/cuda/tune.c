@@ -406,10 +406,11 @@ ac_tune_choose(ac_lane *lane, ac_cuda_libraries *libraries, const ac_tune_ways *
 {
     entry e = {.microseconds = 0.0};
     enum cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-    *best = 0;
+    int32_t fastest = 0;
     AC_TRY(open_tune(libraries));
     ac_tune *tune = libraries->tune;
     if (tune->off || ways->count < 2) {
+        *best = 0;
         return AC_OK;
     }
     snprintf(e.key, sizeof e.key, "%s: %s", tune->device, ways->key);
@@ -423,6 +424,9 @@ ac_tune_choose(ac_lane *lane, ac_cuda_libraries *libraries, const ac_tune_ways *
         }
     }
     AC_CUDA(cudaStreamIsCapturing(lane->stream, &capturing));
-    return capturing == cudaStreamCaptureStatusNone ? measure_new(lane, tune, ways, &e, best)
-                                                    : AC_OK;
+    if (capturing == cudaStreamCaptureStatusNone) {
+        AC_TRY(measure_new(lane, tune, ways, &e, &fastest));
+    }
+    *best = fastest;
+    return AC_OK;
 }

@@ -37,8 +37,8 @@ typedef struct ac_tune_ways {
     ac_status (*run)(void *context, int32_t i);
 } ac_tune_ways;
 
-/* *best is 0 where nothing may be measured.  The caller remembers it: a problem that has run once
- * is done the same way as long as the device is open. */
+/* *best is 0 where nothing may be measured, and after a failure what it was.  The caller remembers
+ * it: a problem that has run once is done the same way as long as the device is open. */
 ac_status ac_tune_choose(ac_lane *lane, ac_cuda_libraries *libraries, const ac_tune_ways *ways,
                          int32_t *best);
 

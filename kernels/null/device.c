@@ -53,7 +53,7 @@ null_open(int32_t index, void **self, ac_caps *caps)
     if (index != 0) {
         return ac_error(AC_E_DEVICE, "null:%d: found device number %d, expected 0", index, index);
     }
-    *caps = (ac_caps){.isa = AC_ISA_BASE, .workers = 1};
+    *caps = (ac_caps){.isa = AC_ISA_BASE, .workers = 1, .tf32 = true};
     *self = (void *)&ac_backend_null;
     return AC_OK;
 }

@@ -221,7 +221,7 @@ def compile(x, *, passes_off=""):  # the name is the point
         stream, and nothing waits for it, but once for a text encoder's attention_mask that was not
         given before. In float32 on a GPU, PyTorch's switches for TF32 are read at each call:
         `torch.backends.cuda.matmul` for linear layers and attention, `torch.backends.cudnn` for
-        convolutions.
+        convolutions; without effect below compute capability 8.0, which has no TF32.
     passes_off : str
         Names of graph passes to leave out, for finding faults.
 

@@ -56,9 +56,9 @@ def test_only_float32_on_a_gpu_asks(monkeypatch):
     assert torch_tf32.of(torch.device("cpu"), "float32") == 0
 
 
-def explained(tf32, compute="float32"):
+def explained(tf32, compute="float32", device="null"):
     """{(op, whether its weight is a convolution's): {tf32 of its steps}} of a UNet's plan."""
-    model = _core.Model((CONFIGS / "sd15_unet.json").read_text(), None, "null")
+    model = _core.Model((CONFIGS / "sd15_unet.json").read_text(), None, device)
     args = SIZES | {"compute": compute, "io_dtype": compute, "tf32": tf32}
     found = {}
     for step in json.loads(model.explain(args, True))["steps"]:
@@ -81,6 +81,10 @@ def test_a_plan_is_made_for_them(tf32):
 
 def test_half_precision_does_not_ask():
     assert set().union(*explained(3, "float16").values()) == {False}
+
+
+def test_a_device_without_it_is_exact():
+    assert set().union(*explained(3, device="cpu").values()) == {False}
 
 
 def test_an_unknown_value_is_refused_by_name():

@@ -20,6 +20,8 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FACTOR = 1.1
 SEEDS = 4
 HALVES = (torch.float16, torch.bfloat16)
+HAS_TF32 = os.environ.get("ACCEL_FORCE_ARCH") != "75" and torch.cuda.is_available() and (
+    torch.cuda.get_device_capability() >= (8, 0))
 
 
 def note(kind, what, text, **figures):
