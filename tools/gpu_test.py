@@ -180,8 +180,9 @@ def kernel_parts():
     """Every kernel against the plain reference, all families, shapes of the models too."""
     kernels = [CTESTS / "test_kernels", "--backend", "cuda", "--keep-going", "--dtype"]
     for dtype in DTYPES:
-        yield Part(f"kernels_{dtype}", [*kernels, dtype, "--all", "--op", "-conv2d"])
-        yield Part(f"kernels_{dtype}_conv2d", [*kernels, dtype, "--all", "--op", "conv2d"])
+        for op in ("conv2d", "attention", "-conv2d,attention"):
+            name = f"kernels_{dtype}" + ("" if op[0] == "-" else f"_{op}")
+            yield Part(name, [*kernels, dtype, "--all", "--op", op])
         some = [] if dtype == "f16" else ["--quick"]  # of the others 7.5 has plain kernels alone
         yield Part(f"kernels_{dtype}_75", [*kernels, dtype, *some], environment=on_75(),
                    folder=CUDA_75)

@@ -16,7 +16,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { ALGORITHMS = 16, POOL = 64, WAYS = ALGORITHMS + POOL };
+enum { ALGORITHMS = 16, POOL = 64, WAYS = ALGORITHMS + POOL, POOL_ROWS = 1 << 16 };
 
 /* ---- the library ----------------------------------------------------------------------------- */
 
@@ -328,13 +328,15 @@ find_pool(ac_cuda_blas *blas, const ac_blas_key *key, const ac_blas_pool **out)
     return AC_OK;
 }
 
-/* What was named for small operands may count bytes in 32 bits: one faulted on 2e9 halves, for
- * which the heuristic names others. */
+/* The pool's algorithms are for about as many rows as it has.  On more than 2^31 bytes one of them
+ * faulted, and twice the GPU was lost while those for 2^20 rows were measured beside other
+ * processes, where none is faster than what the heuristic names. */
 static bool
-is_small(const ac_blas_key *k)
+is_for_pool(const ac_blas_key *k)
 {
     int64_t row = AC_MAX(AC_MAX(k->x_row, k->out_row), k->residual_row);
-    return k->m * row * (int64_t)ac_dtype_size((ac_dtype)k->dtype) <= INT32_MAX;
+    return k->batch <= 1 && k->m <= POOL_ROWS &&
+           k->m * row * (int64_t)ac_dtype_size((ac_dtype)k->dtype) <= INT32_MAX;
 }
 
 static ac_status
@@ -342,7 +344,7 @@ list_algorithms(ac_cuda_blas *blas, product *p)
 {
     const ac_blas_pool *pool;
     AC_TRY(ask_heuristic(blas, p));
-    if (p->key.batch > 1 || p->count == 0 || !is_small(&p->key)) {
+    if (p->count == 0 || !is_for_pool(&p->key)) {
         return AC_OK;
     }
     AC_TRY(find_pool(blas, &p->key, &pool));
