@@ -4,8 +4,8 @@
  * operand, and a bias runs along the rows of the result.
  *
  * tune.c picks one of the algorithms that the heuristic names, eight or so, and of those that it
- * names for other sizes (pool), among which the best one often is.  Atomics and sums in f16 are
- * left out, so results are the same in every run.
+ * names for other sizes (pool), among which a UNet's layers often have their best one.  Atomics and
+ * sums in f16 are left out, so results are the same in every run.
  *
  * Built where cublasLt.h is found; without the library, the next kernels of the list are taken. */
 #include "blas.h"
@@ -16,7 +16,8 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { ALGORITHMS = 16, POOL = 64, WAYS = ALGORITHMS + POOL, POOL_ROWS = 1 << 16 };
+enum { ALGORITHMS = 16, POOL = 64, WAYS = ALGORITHMS + POOL };
+enum { POOL_ROWS = 1 << 16, POOL_COLUMNS = 320 }; /* where the pool is measured */
 
 /* ---- the library ----------------------------------------------------------------------------- */
 
@@ -328,14 +329,14 @@ find_pool(ac_cuda_blas *blas, const ac_blas_key *key, const ac_blas_pool **out)
     return AC_OK;
 }
 
-/* The pool's algorithms are for about as many rows as it has.  On more than 2^31 bytes one of them
- * faulted, and twice the GPU was lost while those for 2^20 rows were measured beside other
- * processes, where none is faster than what the heuristic names. */
+/* The pool's algorithms are for products like those they were named for.  On 2^20 and more rows of
+ * 128 columns, where none is faster than the heuristic's, the GPU was lost three times while they
+ * were measured; many of them are clusters of blocks that are wider than that. */
 static bool
 is_for_pool(const ac_blas_key *k)
 {
     int64_t row = AC_MAX(AC_MAX(k->x_row, k->out_row), k->residual_row);
-    return k->batch <= 1 && k->m <= POOL_ROWS &&
+    return k->batch <= 1 && k->m <= POOL_ROWS && k->n >= POOL_COLUMNS &&
            k->m * row * (int64_t)ac_dtype_size((ac_dtype)k->dtype) <= INT32_MAX;
 }
 

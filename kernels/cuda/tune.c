@@ -223,6 +223,7 @@ enum { RUNS = 20 }; /* of a small problem, at once */
 typedef struct stopwatch {
     cudaStream_t stream;
     cudaEvent_t from, to;
+    const char *what; /* problem and way */
 } stopwatch;
 
 /* Some runs as one graph: launches would cost more than small kernels. */
@@ -261,7 +262,7 @@ time_once(ac_lane *lane, const ac_tune_ways *ways, int32_t i, cudaGraphExec_t gr
         AC_TRY(ways->run(ways->context, i));
     }
     AC_CUDA(cudaEventRecord(watch->to, watch->stream));
-    AC_TRY(ac_cuda_launched(lane, cudaEventSynchronize(watch->to), "a measured kernel"));
+    AC_TRY(ac_cuda_launched(lane, cudaEventSynchronize(watch->to), watch->what));
     AC_CUDA(cudaEventElapsedTime(milliseconds, watch->from, watch->to));
     return AC_OK;
 }
@@ -333,8 +334,10 @@ is_worth(const ac_tune *tune, const ac_tune_ways *ways, const char *key, int32_t
 
 static ac_status
 measure_all(ac_lane *lane, const ac_tune *tune, const ac_tune_ways *ways, const char *key,
-            const stopwatch *watch, int32_t *best, float *least)
+            stopwatch *watch, int32_t *best, float *least)
 {
+    char name[AC_TUNE_WAY], what[AC_TUNE_KEY + AC_TUNE_WAY];
+    watch->what = what;
     *least = INFINITY;
     ac_status status = AC_OK, first = AC_OK;
     for (int32_t i = 0; i < ways->count; i++) {
@@ -342,15 +345,18 @@ measure_all(ac_lane *lane, const ac_tune *tune, const ac_tune_ways *ways, const 
         if (!isinf(*least) && !is_worth(tune, ways, key, i)) {
             continue;
         }
+        ways->name(ways->context, i, name);
+        snprintf(what, sizeof what, "%s: %s", ways->key, name);
         status = measure(lane, ways, i, *least, watch, &time);
         first = i == 0 ? status : first;
         if (status < 0) { /* that way is out, unless it took the device with it */
-            ac_cuda_log(2, "cuda: %s: way %d failed", ways->key, (int)i);
-            AC_TRY(ac_cuda_launched(lane, cudaStreamSynchronize(watch->stream), ways->key));
+            ac_cuda_log(2, "cuda: %s failed, way %d", what, (int)i);
+            cudaError_t now = cudaStreamSynchronize(watch->stream);
+            if (now != cudaSuccess) { /* which an inner measurement may have named already */
+                return status == AC_E_DEVICE ? status : ac_cuda_launched(lane, now, what);
+            }
         } else {
-            char name[AC_TUNE_WAY];
-            ways->name(ways->context, i, name);
-            ac_cuda_log(3, "cuda: %s: way %d, %s: %.2f us", ways->key, (int)i, name, 1e3 * time);
+            ac_cuda_log(3, "cuda: %s, way %d: %.2f us", what, (int)i, 1e3 * time);
         }
         if (status == AC_OK && time < *least) {
             *least = time;
