@@ -1,5 +1,5 @@
-/* embed: y[..., :] = table[ids[...], :].  An id outside the table reads its nearest row: the caller
- * has checked ids that come from outside, and a kernel cannot raise. */
+/* embed: y[..., :] = table[ids[...], :].  An id outside the table gives NaN: a kernel cannot raise,
+ * and whoever has the ids on the host names it before. */
 #include "element.cuh"
 #include "list.h"
 
@@ -10,8 +10,8 @@ struct rows {
     operator()(const int64_t (&at)[3]) const
     {
         int64_t id = ac_load_id(ids, at[1]);
-        id = id < 0 ? 0 : id < limit ? id : limit - 1;
-        ac_store(y, at[0], ac_load(table, id * table_row + at[2]));
+        bool inside = id >= 0 && id < limit;
+        ac_store(y, at[0], inside ? ac_load(table, id * table_row + at[2]) : nanf(""));
     }
 };
 

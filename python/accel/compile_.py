@@ -20,12 +20,15 @@ from .torch_native import FallbackWarning as FallbackWarning
 from .torch_native import Native, config_text, give_back
 
 MARK = "_accel"  # instance attribute that holds the Native of a compiled module
+COPIES = ("__getstate__", "_replicate_for_data_parallel")
 PIPES = weakref.WeakKeyDictionary()  # pipeline -> torch_pipeline.PipeState
-# Methods that bring adapters, merge them into weights or take them away. Merging moves no pointer
-# and no version, and after the adapters went nothing else tells.
+# Methods that bring adapters, merge them into weights or take them away, or load other weights.
+# Merging moves no pointer and no version, and after the adapters went nothing else tells; inference
+# tensors have no versions.
 VERBS = ("add_adapter", "delete_adapter", "delete_adapters", "disable_adapters", "disable_lora",
          "enable_adapters", "enable_lora", "fuse_lora", "load_adapter", "load_attn_procs",
-         "load_lora_adapter", "set_adapter", "set_adapters", "unfuse_lora", "unload_lora")
+         "load_lora_adapter", "load_state_dict", "set_adapter", "set_adapters", "unfuse_lora",
+         "unload_lora")
 
 
 # ---- putting it on and off -----------------------------------------------------------------------
@@ -86,6 +89,7 @@ def _apply_of(native, cls):
         module = native.module()
         if _moves(module, fn):
             native.release()
+            native.captured = False
         return cls._apply(module, fn, *args, **kwargs)
 
     return _apply
@@ -109,20 +113,31 @@ def _moves(module, fn):
     return False
 
 
-def _getstate_of(native):
-    """Copies and pickles of a compiled module are plain ones."""
+def _make_plain(native, state):
+    """Takes what compile() put there out of a copy of the module's __dict__."""
     from .torch_upcast import restore
+
+    for key in (MARK, *COPIES, "_apply", *_verbs_of(native, state), *native.calls.methods):
+        if key != "forward" or getattr(state.get(key), "_accel", None) is native:
+            state.pop(key, None)
+    restore(state)
+
+
+def _copies_of(native, cls):
+    """COPIES of an instance: copies, pickles and DataParallel's replicas of a compiled module are
+    plain ones."""
 
     def __getstate__():
         state = dict(native.module().__dict__)
-        ours = _verbs_of(native, state)
-        for key in (MARK, "_apply", "__getstate__", *ours, *native.calls.methods):
-            if key != "forward" or getattr(state.get(key), "_accel", None) is native:
-                state.pop(key, None)
-        restore(state)
+        _make_plain(native, state)
         return state
 
-    return __getstate__
+    def _replicate_for_data_parallel():
+        replica = cls._replicate_for_data_parallel(native.module())
+        _make_plain(native, replica.__dict__)
+        return replica
+
+    return dict(zip(COPIES, (__getstate__, _replicate_for_data_parallel), strict=True))
 
 
 def _slot(module, method):
@@ -163,7 +178,7 @@ def _attach(module, passes_off):
         if hasattr(type(module), name) and name not in module.__dict__:
             module.__dict__[name] = _verb(native, getattr(type(module), name))
     module.__dict__["_apply"] = _apply_of(native, type(module))
-    module.__dict__["__getstate__"] = _getstate_of(native)
+    module.__dict__.update(_copies_of(native, type(module)))
     module.__dict__[MARK] = native
     hide(module)
 
@@ -182,7 +197,8 @@ def _detach(module):
             module.__dict__[key] = native.originals["forward"].__get__(module)
         else:
             del module.__dict__[key]
-    del module.__dict__["_apply"], module.__dict__["__getstate__"]
+    for key in ("_apply", *COPIES):
+        del module.__dict__[key]
     native.release()
     give_back(native, module)
 
@@ -218,10 +234,11 @@ def compile(x, *, passes_off=""):  # the name is the point
         diffusers pipeline
         With parameters of one dtype, float32, float16 or bfloat16, on the CPU or one NVIDIA GPU,
         in eval mode. The CPU computes in float32; a GPU in the parameters' dtype, in the current
-        stream, and nothing waits for it, but once for a text encoder's attention_mask that was not
-        given before. In float32 on a GPU, PyTorch's switches for TF32 are read at each call:
-        `torch.backends.cuda.matmul` for linear layers and attention, `torch.backends.cudnn` for
-        convolutions; without effect below compute capability 8.0, which has no TF32.
+        stream, and nothing waits for it, but first calls and a text encoder's attention_mask that
+        was not given before (in inference mode: any). In float32 on a GPU, PyTorch's switches for
+        TF32 are read at each call: `torch.backends.cuda.matmul` for linear layers and attention,
+        `torch.backends.cudnn` for convolutions; without effect below compute capability 8.0, which
+        has no TF32.
     passes_off : str
         Names of graph passes to leave out, for finding faults.
 
@@ -237,15 +254,18 @@ def compile(x, *, passes_off=""):  # the name is the point
     counts both.
 
     Of StableDiffusionPipeline and StableDiffusionXLPipeline the denoise loop runs natively too,
-    with the same arguments, outputs, callbacks and seeds; the pipe's class becomes a subclass that
-    passes for the original one. Arguments and schedulers that this loop does not do, and other
+    with the same arguments, outputs, callbacks and seeds (a callback may change latents, but not
+    their shape: ShapeError); the pipe's class becomes a subclass that passes for the original one.
+    Arguments and schedulers that this loop does not do, and other
     pipelines, run diffusers' own loop over the compiled components; report() says which and why.
 
     Moving a module (`.to`, offloading) frees all that the engine holds for it; the next call binds
     it anew. On a GPU parameters are laid out in place as the engine reads them, so that there is no
     second copy, and changes are noticed by address and version, merged adapters by the module's
     own methods (`fuse_lora`, `unload_lora` ...): after `p.data.mul_(...)`, or the same to a
-    prompt's states, which leave all that as it was, call `accel.refresh(x)`. What the engine keeps
+    prompt's states, which leave all that as it was, call `accel.refresh(x)`. Parameters made in
+    `torch.inference_mode()` cannot be laid out and have no version: what is read joined is copied,
+    and only `load_state_dict` and adapters are noticed. What the engine keeps
     there beside comes from PyTorch's allocator (PyTorch 2.10 and later), so its counters and limits
     hold for that too.
 

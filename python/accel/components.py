@@ -543,6 +543,10 @@ class TextEncoder(Component):
         ids = to_numpy(input_ids)
         if ids.dtype.kind not in "iu":
             raise DTypeError(f"input_ids: found {ids.dtype}, expected integers")
+        words = self.config.get("vocab_size", 49408)
+        wrong = ids[(ids < 0) | (ids >= words)]
+        if wrong.size:
+            raise InvalidArgument(f"input_ids: found {wrong[0]}, expected 0 to {words - 1}")
         args = {"entry": "forward", "batch": batch, "tokens": tokens,
                 "io_dtype": self.dtype or "float32", "hidden_states": bool(hidden_states),
                 "clip_skip": clip_skip}

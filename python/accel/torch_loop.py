@@ -62,7 +62,7 @@ def _is_diffusers(thing):
 
 def _check_levels(scheduler, table):
     """The noise levels that the scheduler steps by are those of its config."""
-    expected = torch.tensor(table.alphas_cumprod, dtype=torch.float64)
+    expected = torch.tensor(table.alphas_cumprod, dtype=torch.float64, device="cpu")
     levels = scheduler.alphas_cumprod.cpu().double()
     if len(levels) != len(expected) or not torch.allclose(levels, expected, 1e-4, 2e-6):
         raise Fallback("the scheduler has other noise levels than its config gives")
@@ -115,9 +115,9 @@ class Draws:
 class Loop:
     """Rows of the table, in as few runs of the engine as the callbacks leave.
 
-    Without callbacks the noise of all rows is drawn before the first one, and no row waits for a
-    GPU. A callback that changes prompts, guidance or weights ends the run after its row; another
-    run goes on from there with the same latents and the sampler's registers.
+    Without callbacks the noise of all rows is drawn before the first one, and the host stays two
+    rows ahead of a GPU. A callback that changes prompts, guidance or weights ends the run after its
+    row; another run goes on from there with the same latents and the sampler's registers.
     """
 
     def __init__(self, task, values):
@@ -136,6 +136,8 @@ class Loop:
         self.warmup = max(len(self.times) - a["num_inference_steps"] * self.scheduler.order, 0)
         given = values.pop("latents")
         self.dtype = given.dtype
+        if self.dtype != pipe.unet.dtype:  # diffusers raises where they reach the UNet
+            raise Fallback(f"latents are {self.dtype}, the UNet {pipe.unet.dtype}")
         self.latents = given.detach().to(torch.float32, copy=True).contiguous()
         self.next = 0       # row to run next
         self.started = False
@@ -147,9 +149,9 @@ class Loop:
     def _make_memory(self):
         noisy = any(row["draws_noise"] for row in self.table.rows)
         size = (*self.latents.shape,)
-        device = self.latents.device
-        self.noise = torch.empty((len(self.table), *size), device=device) if noisy else None
-        self.registers = torch.zeros((6, *size), device=device) if self.calls else None
+        like = self.latents
+        self.noise = like.new_empty((len(self.table), *size)) if noisy else None
+        self.registers = like.new_zeros((6, *size)) if self.calls else None
 
     def run(self):
         """The latents after the last row, in the dtype they came in."""

@@ -104,7 +104,6 @@ class Native:
         """Frees all that the engine holds for the module, the room for its activations too."""
         with self.lock:
             device = self.device
-            self.captured = False
             self._forget()
         if device.startswith("cuda"):
             with contextlib.suppress(DeviceError):
@@ -153,6 +152,8 @@ class Native:
             known = watch.reason is None and self.model is not None
             if known:
                 self._keep_bindings(watch)
+            elif self.model is not None and self.watch.reason is None and self.watch.elsewhere():
+                self._unbind()  # as below
             self.watch = watch
             if known and self.weights is not None and not self.by_value:
                 self._derive_again()  # merged adapters leave no other trace
@@ -162,7 +163,11 @@ class Native:
             self._bind_all()
             return
         device = self.watch.device
-        moved = self.watch.moved()
+        try:
+            moved = self.watch.moved()
+        except Fallback:
+            self._forget()  # the memory that parameters left is not the engine's to keep
+            raise
         if self.watch.device != device:  # without a word: somebody assigned p.data
             self._unbind()
             self._bind_all()
@@ -426,11 +431,13 @@ class Native:
         with self.lock:
             self.fallbacks[why] += 1
             first = self.fallbacks[why] == 1
+        upcast = torch_upcast.is_needed(module)
         if first:
-            warnings.warn(f"accel: {self.class_name} runs its original {method}: {why}",
+            hint = "" if upcast else torch_upcast.hint(module)
+            warnings.warn(f"accel: {self.class_name} runs its original {method}: {why}{hint}",
                           FallbackWarning, stacklevel=3)
         original = self.originals[method].__get__(module)
-        if torch_upcast.is_needed(module):
+        if upcast:
             return torch_upcast.run(module, original, args, kwargs)
         return original(*args, **kwargs)
 

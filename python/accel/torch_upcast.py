@@ -3,7 +3,8 @@
 Where it says so, pipelines take SDXL's VAE to float32 for every picture and back, because float16
 does not hold its activations. The engine keeps them in range (csrc/passes/rescale.c), so the
 attribute reads False while the module is compiled. The entry of the dict stays: files, copies and
-the decompiled module have the original. A call that falls back still needs float32, and gets it.
+the decompiled module have the original. A call that falls back still needs float32, and gets it;
+one that wants gradients, or that the caller records, does not, and its warning says so.
 """
 
 import torch
@@ -35,9 +36,19 @@ def restore(state):
 
 def is_needed(module):
     """Whether the original forward would leave float16's range, as far as the config knows."""
+    return (_is_at_risk(module) and not torch.is_grad_enabled()
+            and not is_capturing())  # nothing runs then: the parameters would be lost
+
+
+def hint(module):
+    """What to say where the original runs in float16, though its config asked for float32."""
+    return ("; in float16, which its activations may leave: module.to(torch.float32) first"
+            if _is_at_risk(module) else "")
+
+
+def _is_at_risk(module):
     config = module.__dict__.get("_internal_dict")
-    return (config is not None and _is_hidden(config) and not torch.is_grad_enabled()
-            and not is_capturing()  # nothing runs then: the parameters would be lost
+    return (config is not None and _is_hidden(config)
             and next(module.parameters()).dtype == torch.float16)
 
 

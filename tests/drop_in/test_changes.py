@@ -12,6 +12,7 @@ import pytest
 import torch
 from dropin import call, close, inputs, module, ran
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import accel
 
@@ -230,7 +231,7 @@ def test_decompile_gives_back_plain_parameters(tmp_path):
     assert all(torch.equal(saved[n], p) for n, p in fast.named_parameters())
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "torch.save", "replica"])
 def test_copies_are_plain(how):
     fast = accel.compile(module("vae"))
     agrees(fast, "vae")
@@ -240,6 +241,11 @@ def test_copies_are_plain(how):
         other = copy.copy(fast)
     elif how == "pickle":
         other = pickle.loads(pickle.dumps(fast))
+    elif how == "replica":  # of nn.DataParallel, which gives it tensors of another GPU
+        other = fast._replicate_for_data_parallel()
+        assert "forward" not in other.__dict__ and accel.compile_.native_of(other) is None
+        assert not {"_encode", "_decode", "_apply", "load_state_dict"} & set(other.__dict__)
+        return
     else:
         buffer = io.BytesIO()
         torch.save(fast, buffer)
@@ -256,6 +262,21 @@ def test_copies_are_plain(how):
     accel.compile(other)
     with ran(other, 1):
         other.decode(*args)
+
+
+def test_parameters_that_left_are_let_go_of():
+    """Layers that moved one by one, as layerwise casting does: the engine, which cannot run them,
+    does not keep what was there before."""
+    fast = accel.compile(module("unet"))
+    agrees(fast)
+    old = [StorageWeakRef(p.untyped_storage()) for p in fast.down_blocks.parameters()]
+    assert not any(ref.expired() for ref in old)
+    fast.down_blocks.to(torch.float16)
+    with pytest.raises(RuntimeError, match="dtype|type"), ran(fast, 0, 1):
+        fast(*inputs("unet")[0])
+    assert all(ref.expired() for ref in old)
+    fast.down_blocks.to(torch.float32)
+    agrees(fast)
 
 
 def test_memory_is_freed_without_the_collector():

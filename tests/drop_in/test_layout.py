@@ -263,6 +263,19 @@ def test_adapters_merged_and_gone_between_two_calls(which):
 
 
 @pytest.mark.usefixtures("_by_version")
+@torch.inference_mode()
+def test_weights_loaded_into_inference_tensors():
+    """They have no versions and are not laid out: what is derived of them is made anew."""
+    plain, fast = laid()
+    assert next(fast.parameters()).is_inference()
+    a = again(plain, fast)
+    other = {n: p.flip(0) for n, p in plain.state_dict().items()}
+    for m in (plain, fast):
+        m.load_state_dict(other)
+    assert not close(again(plain, fast), a, 1e-2)
+
+
+@pytest.mark.usefixtures("_by_version")
 def test_adapters_merged_into_copied_parameters():
     plain, fast = module("unet"), module("unet")
     weight = fast.mid_block.attentions[0].transformer_blocks[0].ff.net[2].weight

@@ -1,6 +1,7 @@
 """The native loop of a compiled pipeline: everything a caller can ask of it, against the stock
 loop over the stock components."""
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -105,6 +106,31 @@ def test_sizes_and_defaults(sd, xl):
     for pipes in (sd, xl):
         same(pipes, height=24, width=40)
         assert same(pipes).shape == draw(pipes[0]).shape
+
+
+def test_pytorchs_defaults_are_the_callers(sd, monkeypatch):
+    """Another default device or dtype is none of the loop's."""
+    use(sd, monkeypatch, "ancestral")
+    expected = same(sd)
+    states = dict(zip(("prompt_embeds", "negative_prompt_embeds"),
+                      sd[0].encode_prompt("the red house", "cpu", 1, True), strict=True))
+    with torch.device("meta"), loop_ran(sd[1]):
+        assert equal(draw(sd[1], None, **states), expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with loop_ran(sd[1]):
+            assert equal(draw(sd[1]), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_latents_of_another_dtype(sd):
+    """diffusers raises at the UNet's first layer, and so does the compiled pipeline."""
+    latents = torch.randn(1, 4, 8, 8, dtype=torch.float16)
+    for pipe, watched in zip(sd, (contextlib.nullcontext(),
+                                  loop_ran(sd[1], "latents are torch.float16")), strict=True):
+        with pytest.raises(RuntimeError), watched:
+            draw(pipe, latents=latents, height=16, width=16)
 
 
 def test_latents_are_the_callers(sd):

@@ -99,3 +99,18 @@ def test_a_fallback_is_in_float32(entry):
     assert found.dtype == torch.float16 == module.dtype
     assert (found - truth).abs().max() <= 2e-3 * truth.abs().max()
     assert sum(accel.report(module)["fallbacks"].values()) == 1
+
+
+def test_a_fallback_in_float16_says_so():
+    """With gradients the original runs as it is."""
+    module = accel.compile(make())
+    z = torch.randn(1, 4, 8, 8).half().requires_grad_()
+    with torch.enable_grad():
+        with pytest.warns(accel.FallbackWarning, match="gradients.*in float16.*to.torch.float32"):
+            assert module.decode(z).sample.dtype == torch.float16
+        module.to(torch.float32)
+        module.enable_tiling()
+        module.tile_latent_min_size, module.tile_sample_min_size = 4, 8
+        with pytest.warns(accel.FallbackWarning, match="tiling") as told:
+            module.decode(z.detach().float())
+    assert "float16" not in str(told[0].message)

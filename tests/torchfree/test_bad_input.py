@@ -147,6 +147,8 @@ def test_vae(vae, call, words):
     (lambda t: t(np.array([1, 2])), "input_ids"),
     (lambda t: t(np.zeros((1, 17), int)), "tokens|position"),
     (lambda t: t(np.zeros((1, 0), int)), "input_ids"),
+    (lambda t: t(np.array([[1, -1]])), "input_ids: found -1, expected 0 to 599"),
+    (lambda t: t(np.array([[600, 1]])), "input_ids: found 600, expected 0 to 599"),
     (lambda t: t(np.array([[600]])), "600|599"),
     (lambda t: t(np.array([[2**40]])), "ids"),
     (lambda t: t(np.array([[1]]), clip_skip=9), "clip_skip"),
