@@ -68,13 +68,18 @@ record(ac_exec *e, ac_device_lane *lane, const ac_run *run)
     const ac_device *device = e->plan->device;
     ac_recording *made = NULL;
     AC_TRY(device->backend->record_begin(device->self, lane->lane));
+    char why[sizeof e->unrecorded] = ""; /* the first reason, not what it is to end such a one */
     ac_status launched = ac_exec_launch_step(e, lane, run);
-    ac_status ended = device->backend->record_end(device->self, lane->lane, &made);
-    if (launched < 0 && made) {
-        device->backend->record_free(device->self, made);
-        return launched;
+    if (launched < 0) {
+        snprintf(why, sizeof why, "%s", ac_error_message());
     }
-    AC_TRY(launched);
+    ac_status ended = device->backend->record_end(device->self, lane->lane, &made);
+    if (launched < 0) {
+        if (made) {
+            device->backend->record_free(device->self, made);
+        }
+        return ac_error(launched, "%s", why);
+    }
     AC_TRY(ended);
     e->recording = made;
     return AC_OK;

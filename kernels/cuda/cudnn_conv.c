@@ -158,6 +158,17 @@ workspace_of(const ac_dnn_key *key)
     return gathers(key) ? AC_MAX(WORKSPACE, ac_blas_conv_scratch(&rows)) : WORKSPACE;
 }
 
+/* For all parts of `step` images: the last one may be smaller, and be gathered. */
+static size_t
+workspace_of_parts(const ac_dnn_key *key, int64_t step)
+{
+    ac_dnn_key part = *key;
+    part.value[IMAGES] = step;
+    size_t bytes = workspace_of(&part);
+    part.value[IMAGES] = key->value[IMAGES] % step;
+    return part.value[IMAGES] > 0 ? AC_MAX(bytes, workspace_of(&part)) : bytes;
+}
+
 /* Operands and ways; rows.x and so on are set, the key's images are those of this call. */
 static ac_status
 run_job(ac_lane *lane, job *j, bool has_gemm)
@@ -290,8 +301,7 @@ scratch_bytes(const ac_problem *p, const ac_caps *caps)
     ac_dnn_key key;
     (void)caps;
     key_of(p, &key);
-    key.value[IMAGES] = AC_MIN(images_at_once(key.value), key.value[IMAGES]);
-    return workspace_of(&key);
+    return workspace_of_parts(&key, AC_MIN(images_at_once(key.value), key.value[IMAGES]));
 }
 
 static bool
@@ -365,9 +375,7 @@ phase_images(const ac_dnn_key *key)
 static size_t
 phases_workspace(const ac_dnn_key *key)
 {
-    ac_dnn_key part = *key;
-    part.value[IMAGES] = phase_images(key);
-    return ac_align_up(workspace_of(&part), 256);
+    return ac_align_up(workspace_of_parts(key, phase_images(key)), 256);
 }
 
 static bool

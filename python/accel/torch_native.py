@@ -140,23 +140,15 @@ class Native:
 
     def _follow(self, module):
         """Examines and binds what changed; raises Fallback."""
-        from .torch_watch import Fallback, Watch, reference
+        from .torch_watch import Fallback
 
         if self.watch is None or self.stale or self.watch.changed(module):
             self.stale = False
-            text = config_text(module)
-            if text != self.text:
-                self._forget()
-                self.text, self.reference = text, reference(module)
-            watch = Watch(module, self.reference)
-            known = watch.reason is None and self.model is not None
-            if known:
-                self._keep_bindings(watch)
-            elif self.model is not None and self.watch.reason is None and self.watch.elsewhere():
-                self._unbind()  # as below
-            self.watch = watch
-            if known and self.weights is not None and not self.by_value:
-                self._derive_again()  # merged adapters leave no other trace
+            try:
+                self._examine(module)
+            except BaseException:  # Ctrl-C: what was changed is still to be seen
+                self.stale = True
+                raise
         if self.watch.reason is not None:
             raise Fallback(self.watch.reason)
         if self.model is None:
@@ -186,6 +178,23 @@ class Native:
             self._settle()
             self.prompts.clear()
             self.io.clear()
+
+    def _examine(self, module):
+        from .torch_watch import Watch, reference
+
+        text = config_text(module)
+        if text != self.text:
+            self._forget()
+            self.text, self.reference = text, reference(module)
+        watch = Watch(module, self.reference)
+        known = watch.reason is None and self.model is not None
+        if known:
+            self._keep_bindings(watch)
+        elif self.model is not None and self.watch.reason is None and self.watch.elsewhere():
+            self._unbind()  # the memory that parameters left is not the engine's to keep
+        self.watch = watch
+        if known and self.weights is not None and not self.by_value:
+            self._derive_again()  # merged adapters leave no other trace
 
     def _keep_bindings(self, watch):
         """After a new examination the engine still holds the old bindings: compare with those."""
@@ -287,11 +296,12 @@ class Native:
             if version == self.versions[i]:
                 continue
             changed += 1
-            name, self.versions[i] = self.names[i], version
+            name = self.names[i]
             if name in self.copies:
                 p, copy, _ = self.copies[name]
                 copy.copy_(p)
             self.weights.invalidate(name)
+            self.versions[i] = version
         if changed:
             self._settle()
             self.prompts.clear()
@@ -299,29 +309,38 @@ class Native:
 
     def _lay_out(self, args):
         """On a GPU, before the first run: parameters where the plan for `args` wants them."""
+        import torch
+
         from . import torch_layout
 
         if (self.laid_out or self.captured or self.active
                 or not torch_layout.wanted(self.watch.device)):
             return
-        self.laid_out = True
         if self.text not in self.keys:  # kept over offloading: the same joins at all sizes
             plan = json.loads(self.model.explain(args, True, False))
             self.keys = {self.text: [d["key"] for d in plan["derived"]]}
         parameters = {name: d[key] for name, (_, d, key) in
                       zip(self.names, self.watch.parameters, strict=True)}
+        device = self.watch.device
         self._settle(moved=True)  # what others queued reads them where they are
         index = {name: i for i, name in enumerate(self.names)}
 
         def moved(name):
             self.laid.add(name)
+            if device.type == "cuda":  # whoever gets the old memory next may be on another stream
+                torch.cuda.current_stream(device).synchronize()
             self._bind(index[name])
 
-        torch_layout.lay_out(self.keys[self.text], parameters, moved)
+        try:
+            torch_layout.lay_out(self.keys[self.text], parameters, moved)
+            self.laid_out = True
+        except torch.OutOfMemoryError:  # what did not move is derived; the next call tries again
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         self._settle(moved=True)
         self.watch.moved()  # they are bound where they are now
         self.prompts.clear()
-        if self.watch.device.type == "cuda":
+        if device.type == "cuda":
             torch_layout.give_back()
 
     def _make_room(self, args):

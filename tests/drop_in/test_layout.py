@@ -220,6 +220,36 @@ def test_gradients_while_compiled():
         assert close(grads[1][name], g, 1e-4), name
 
 
+def test_a_first_call_that_is_refused_costs_no_layout():
+    plain, fast = module("text_encoder"), accel.compile(module("text_encoder"))
+    with pytest.raises((ValueError, RuntimeError, IndexError)), ran(fast, 0, 1):
+        fast(torch.zeros(1, 99, dtype=torch.int64))
+    again(plain, fast, "text_encoder")
+    assert joined(fast)[0]
+
+
+def test_no_memory_for_a_layout(monkeypatch):
+    """The call goes on with what is where it was, and the next one tries again."""
+    join, left = torch_layout._join, [3]
+
+    def join_some(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("no")
+        join(*args)
+
+    monkeypatch.setattr(torch_layout, "_join", join_some)
+    plain, fast = module("unet"), accel.compile(module("unet"))
+    again(plain, fast)
+    some = len(joined(fast)[0])
+    again(plain, fast)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch_layout, "ON_CPU", [True])
+    other = laid()[1]
+    assert 0 < some < len(joined(fast)[0]) == len(joined(other)[0])
+    assert accel.report(fast)["derived_bytes"] == accel.report(other)["derived_bytes"]
+
+
 @pytest.fixture
 def _by_version(monkeypatch):
     """Changes in place are looked for as on a GPU; gives what was waited for."""
@@ -272,6 +302,26 @@ def test_weights_loaded_into_inference_tensors():
     other = {n: p.flip(0) for n, p in plain.state_dict().items()}
     for m in (plain, fast):
         m.load_state_dict(other)
+    assert not close(again(plain, fast), a, 1e-2)
+
+
+@pytest.mark.usefixtures("_by_version")
+def test_adapters_merged_before_an_interrupt(monkeypatch):
+    """What was merged is still to be seen by the call after the one that Ctrl-C ended."""
+    from accel import torch_native
+
+    plain, fast = laid()
+    a = again(plain, fast)
+    for m in (plain, fast):
+        adapt(m)
+        merge(m)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch_native, "config_text", interrupted)
+        fast(*inputs("unet")[0])
     assert not close(again(plain, fast), a, 1e-2)
 
 
