@@ -146,6 +146,10 @@ ac_device_free(ac_device *device, void *memory)
         device->backend->free(device->self, memory);
         return;
     }
-    device->backend->wait(device->self, (ac_stream){0}); /* a lost device has nothing to do */
+    if (device->backend->wait(device->self, (ac_stream){0}) < 0) {
+        ac_log(1, "%s:%d: memory stays taken: %s", device->backend->name, (int)device->index,
+               ac_error_message());
+        return; /* somebody may use it still; of a lost device nobody will */
+    }
     b->from.free(handle);
 }

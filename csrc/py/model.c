@@ -395,6 +395,23 @@ model_drop_plans(PyObject *self, PyObject *unused)
 }
 
 static PyObject *
+model_wait(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    ac_device *device = ac_model_device(of(self));
+    ac_status status = AC_OK;
+    Py_BEGIN_ALLOW_THREADS
+    if (device->backend->wait) {
+        status = device->backend->wait(device->self, (ac_stream){0});
+    }
+    Py_END_ALLOW_THREADS
+    if (status < 0) {
+        return ac_py_raise(ac_py_state_of(self), status);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *
 model_class_name(PyObject *self, void *unused)
 {
     (void)unused;
@@ -430,6 +447,8 @@ static PyMethodDef methods[] = {
                "did not.")},
     {"drop_plans", model_drop_plans, METH_NOARGS,
      PyDoc_STR("drop_plans()\n--\n\nFrees plans and what they hold.")},
+    {"wait", model_wait, METH_NOARGS,
+     PyDoc_STR("wait()\n--\n\nFor all that is queued on the model's GPU, whatever the stream.")},
     {0},
 };
 

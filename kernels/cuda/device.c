@@ -458,7 +458,7 @@ cuda_wait(void *self, ac_stream stream)
     int previous;
     AC_TRY(ac_cuda_device_enter(self, &previous));
     cudaError_t status = stream.given ? cudaStreamSynchronize((cudaStream_t)stream.handle)
-                                      : cudaDeviceSynchronize();
+                                      : ac_cuda_wait_for_device();
     return ac_cuda_device_leave(self, previous, ac_cuda_check(status, "wait"));
 }
 

@@ -9,6 +9,7 @@
 #include "context.h"
 
 #include <string.h>
+#include <time.h>
 
 struct ac_recording {
     cudaGraphExec_t graph;
@@ -69,6 +70,38 @@ ac_cuda_time_read(void *self, ac_lane *lane, int32_t count, double *ms)
     return ac_cuda_device_leave(self, previous, status);
 }
 
+/* ---- recordings, and waits for the device ---------------------------------------------------- */
+
+enum { PATIENCE = 200 }; /* milliseconds; a recording takes a few */
+
+static int32_t recorded; /* streams, by all threads; atomic */
+static __thread int32_t recorded_here;
+
+void
+ac_cuda_count_recording(int32_t change)
+{
+    recorded_here += change;
+    __atomic_add_fetch(&recorded, change, __ATOMIC_ACQ_REL);
+}
+
+cudaError_t
+ac_cuda_wait_for_device(void)
+{
+    static const struct timespec one = {.tv_nsec = 1000000};
+    for (int ms = 0; ms < PATIENCE && recorded_here == 0; ms++) {
+        if (__atomic_load_n(&recorded, __ATOMIC_ACQUIRE) == 0) {
+            cudaError_t status = cudaDeviceSynchronize();
+            if (status < cudaErrorStreamCaptureUnsupported ||
+                status > cudaErrorStreamCaptureWrongThread) {
+                return status;
+            }
+            cudaGetLastError(); /* not the next launch's */
+        }
+        nanosleep(&one, NULL);
+    }
+    return cudaDeviceSynchronize();
+}
+
 /* ---- recording ------------------------------------------------------------------------------- */
 
 ac_status
@@ -78,6 +111,7 @@ ac_cuda_record_begin(void *self, ac_lane *lane)
     AC_TRY(ac_cuda_device_enter(self, &previous));
     cudaError_t status = cudaStreamBeginCapture(lane->own, cudaStreamCaptureModeThreadLocal);
     if (status == cudaSuccess) { /* the caller's may be the legacy stream, which records nothing */
+        ac_cuda_count_recording(1);
         lane->recording = true;
         lane->outside = lane->stream;
         lane->stream = lane->own;
@@ -122,6 +156,9 @@ ac_cuda_record_end(void *self, ac_lane *lane, ac_recording **out)
         if (unused.graph) {
             cudaGraphExecDestroy(unused.graph);
         }
+    }
+    if (lane->recording) {
+        ac_cuda_count_recording(-1);
     }
     lane->recording = false;
     lane->stream = lane->outside;

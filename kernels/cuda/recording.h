@@ -4,6 +4,13 @@
 
 #include "cuda.h"
 
+/* This thread begins (1) or ends (-1) recording a stream. */
+void ac_cuda_count_recording(int32_t change);
+/* cudaDeviceSynchronize, which fails while a stream of the device is recorded, by whomever and in
+ * whatever mode, and spoils that recording: waits for ours to end first, and tries again after
+ * another's, for a fifth of a second at most. */
+cudaError_t ac_cuda_wait_for_device(void);
+
 ac_status ac_cuda_time_mark(void *self, ac_lane *lane, int32_t index);
 ac_status ac_cuda_time_read(void *self, ac_lane *lane, int32_t count, double *ms);
 

@@ -233,11 +233,10 @@ class Native:
         self.shares = self.device != "cpu" and share_memory(self.model)
 
     def _settle(self, moved=False):
-        """What was copied or moved is there for the other streams too, not only for this one."""
-        import torch
-
+        """What was copied is there for the other streams too, not only for this one; what is moved
+        is not in any stream's work."""
         if not self.by_value and (moved or self.copies):
-            torch.cuda.synchronize(self.watch.device)
+            wait(self.watch.device, self.model if moved else None)
 
     def _bind(self, i):
         from .torch_watch import Fallback
@@ -327,8 +326,7 @@ class Native:
 
         def moved(name):
             self.laid.add(name)
-            if device.type == "cuda":  # whoever gets the old memory next may be on another stream
-                torch.cuda.current_stream(device).synchronize()
+            wait(device)  # whoever gets the old memory next may be on another stream
             self._bind(index[name])
 
         try:
@@ -537,6 +535,17 @@ def with_room(model, device, run, again=lambda: True):
     model.drop_plans()
     torch.cuda.empty_cache()
     return run()
+
+
+def wait(device, model=None):
+    """For what the current stream has, or with a model for all that its GPU has: not with
+    torch.cuda.synchronize, which fails while another thread's stream is recorded."""
+    if model is not None:
+        model.wait()
+    elif device.type == "cuda":
+        import torch
+
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _version(p):

@@ -53,11 +53,10 @@ static struct {
     size_t live, most, uploaded; /* bytes */
     int64_t fail_at;         /* the n-th allocation from now fails; 0: none */
     int32_t fail_recordings; /* the next ones fail */
-    bool no_tail;
     int64_t allocations, launches, uploads, downloads, replays, follows, waits, syncs;
     int64_t events, samplers, tails, copies; /* copies: within far memory, not recorded ones */
-    int64_t stream_waits, device_waits; /* far_wait's */
-    int32_t recordings;      /* alive */
+    int64_t stream_waits, device_waits, fail_waits; /* far_wait's; so many for the device fail */
+    int32_t recordings, no_tail; /* alive; no_tail: there is none */
 } far;
 
 static int32_t
@@ -464,7 +463,9 @@ far_wait(void *self, ac_stream stream)
     (void)self;
     far.stream_waits += stream.given;
     far.device_waits += !stream.given;
-    return AC_OK;
+    bool fails = !stream.given && far.fail_waits > 0;
+    far.fail_waits -= fails;
+    return fails ? ac_error(AC_E_DEVICE, "far: somebody records") : AC_OK;
 }
 
 static ac_status
@@ -590,10 +591,9 @@ static const ac_backend far_backend = {
     .lane_close = far_lane_close, .lane_reserve = far_lane_reserve, .upload = far_upload,
     .download = far_download, .copy = far_copy, .sync = far_sync, .wait = far_wait,
     .lane_follow = far_lane_follow, .lane_mark = far_lane_mark, .lane_wait = far_lane_wait,
-    .event_new = far_event_new,
-    .event_free = far_event_free, .event_record = far_event_record, .event_wait = far_event_wait,
-    .sampler = far_sampler, .tail_fits = far_tail_fits, .tail = far_tail,
-    .record_begin = far_record_begin, .record_end = far_record_end,
+    .event_new = far_event_new, .event_free = far_event_free, .event_record = far_event_record,
+    .event_wait = far_event_wait, .sampler = far_sampler, .tail_fits = far_tail_fits,
+    .tail = far_tail, .record_begin = far_record_begin, .record_end = far_record_end,
     .replay = far_replay, .record_free = far_record_free,
 };
 

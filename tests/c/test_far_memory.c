@@ -222,11 +222,13 @@ many_sizes_leave_memory_flat(void)
 typedef struct other_memory {
     int64_t given, back, fail_at;
     int32_t index;
+    struct handle *out; /* what is given and not back */
 } other_memory;
 
 typedef struct handle {
     other_memory *owner;
     void *memory;
+    struct handle *next;
 } handle;
 
 static ac_status
@@ -240,7 +242,8 @@ other_alloc(void *self, int32_t index, size_t bytes, void **out, void **made, vo
         return ac_error(AC_E_MEMORY, "other: none left");
     }
     CHECK_OK(far_alloc(NULL, bytes, out));
-    *h = (handle){other, *out};
+    *h = (handle){other, *out, other->out};
+    other->out = h;
     other->given++;
     other->index = index;
     *made = h;
@@ -251,7 +254,11 @@ other_alloc(void *self, int32_t index, size_t bytes, void **out, void **made, vo
 static void
 other_free(void *made)
 {
-    handle *h = made;
+    handle *h = made, **at = &h->owner->out;
+    while (*at != h) {
+        at = &(*at)->next;
+    }
+    *at = h->next;
     h->owner->back++;
     far_free(NULL, h->memory);
     free(h);
@@ -302,6 +309,32 @@ another_allocator_serves_from_then_on(void)
     CHECK_INT(other.given, other.back);
 }
 
+/* Who gets it next would write what is still read. */
+static void
+what_was_not_waited_for_is_not_given_back(void)
+{
+    other_memory other = {.index = -1};
+    open_both();
+    want = (request){.schedule = schedules[5], .guidance = 2.0};
+    CHECK_OK(denoise(&cpu, &want));
+    CHECK_OK(ac_device_set_memory(ac_model_device(there.model),
+                                  &(ac_memory){other_alloc, other_free, &other}));
+    for (int64_t kept = 1; kept <= 2; kept++) {
+        got = want;
+        CHECK_OK(denoise(&there, &got));
+        same_latents(&got, &want);
+        far.fail_waits = 1;
+        ac_model_drop_plans(there.model);
+        ac_weights_drop_derived(there.weights);
+        CHECK_INT(far.fail_waits, 0);
+        CHECK_INT(other.given - other.back, kept);
+    }
+    while (other.out) {
+        other_free(other.out);
+    }
+    close_both();
+}
+
 /* A run finds the room that the idle lane's smaller arena leaves, and nobody else's. */
 static void
 room_is_made_for_larger_plans(void)
@@ -329,4 +362,5 @@ room_is_made_for_larger_plans(void)
 TEST_MAIN(TEST(only_what_steps_read_stays), TEST(laid_out_weights_are_borrowed),
           TEST(out_of_memory_leaves_nothing), TEST(dropped_memory_comes_back),
           TEST(many_sizes_leave_memory_flat),
-          TEST(another_allocator_serves_from_then_on), TEST(room_is_made_for_larger_plans))
+          TEST(another_allocator_serves_from_then_on),
+          TEST(what_was_not_waited_for_is_not_given_back), TEST(room_is_made_for_larger_plans))
