@@ -242,20 +242,10 @@ ac_device_lane_shrink(ac_device *device, ac_device_lane *lane)
     lane->arena_id = 0;
 }
 
-void
-ac_device_trim(ac_device *device)
-{
-    ac_lock(&lock);
-    for (ac_device_lane *lane = device->lanes; lane; lane = lane->next) {
-        if (!lane->busy) {
-            ac_device_lane_shrink(device, lane);
-        }
-    }
-    ac_unlock(&lock);
-}
-
-size_t
-ac_device_make_room(ac_device *device, size_t arena)
+/* Frees the largest arena that nobody has taken, if it is smaller than this; returns its bytes.
+ * Not under the lock: the device is waited for, and its allocator may wait for Python. */
+static size_t
+shrink_largest(ac_device *device, size_t below)
 {
     ac_device_lane *largest = NULL;
     ac_lock(&lock);
@@ -264,12 +254,29 @@ ac_device_make_room(ac_device *device, size_t arena)
             largest = lane;
         }
     }
-    size_t bytes = largest && largest->arena_bytes < arena ? largest->arena_bytes : 0;
+    size_t bytes = largest && largest->arena_bytes < below ? largest->arena_bytes : 0;
     if (bytes) {
-        ac_device_lane_shrink(device, largest);
+        largest->busy = true;
     }
     ac_unlock(&lock);
+    if (bytes) {
+        ac_device_lane_shrink(device, largest);
+        ac_device_lane_give(device, largest);
+    }
     return bytes;
+}
+
+void
+ac_device_trim(ac_device *device)
+{
+    while (shrink_largest(device, SIZE_MAX)) {
+    }
+}
+
+size_t
+ac_device_make_room(ac_device *device, size_t arena)
+{
+    return shrink_largest(device, arena);
 }
 
 /* ---- for what is no run ---------------------------------------------------------------------- */

@@ -223,6 +223,7 @@ typedef struct other_memory {
     int64_t given, back, fail_at;
     int32_t index;
     struct handle *out; /* what is given and not back */
+    ac_device *device;  /* NULL: not to be asked for a lane */
 } other_memory;
 
 typedef struct handle {
@@ -260,6 +261,11 @@ other_free(void *made)
     }
     *at = h->next;
     h->owner->back++;
+    if (h->owner->device) { /* PyTorch's may wait for a thread that takes a lane */
+        ac_device_lane *lane;
+        CHECK_OK(ac_device_lane_take(h->owner->device, NULL, &lane));
+        ac_device_lane_give(h->owner->device, lane);
+    }
     far_free(NULL, h->memory);
     free(h);
 }
@@ -329,6 +335,15 @@ what_was_not_waited_for_is_not_given_back(void)
         CHECK_INT(far.fail_waits, 0);
         CHECK_INT(other.given - other.back, kept);
     }
+    CHECK_OK(denoise(&there, &got));
+    int64_t back = other.back;
+    other.device = ac_model_device(there.model);
+    ac_device_trim(other.device);
+    CHECK_INT(other.back, back + 1);
+    other.device = NULL;
+    ac_model_drop_plans(there.model);
+    ac_weights_drop_derived(there.weights);
+    CHECK_INT(other.given - other.back, 2);
     while (other.out) {
         other_free(other.out);
     }
