@@ -142,9 +142,11 @@ def search(*folders):
     return {"PYTHONPATH": os.pathsep.join(str(p) for p in paths if p)}
 
 
-def on_75():
-    """What a card of compute capability 7.5 would choose, in the code that is built for it."""
-    return {"ACCEL_FORCE_ARCH": "75"} | search(CUDA_75 / "python")
+def on_75(**environment):
+    """A Part's fields: what a card of compute capability 7.5 would choose, in the code that is
+    built for it."""
+    forced = {"ACCEL_FORCE_ARCH": "75"} | search(CUDA_75 / "python")
+    return {"environment": forced | environment, "folder": CUDA_75}
 
 
 # ---- the parts -----------------------------------------------------------------------------------
@@ -166,14 +168,14 @@ def c_parts():
     yield Part("c_fused_random", [CTESTS / "test_fused_random"], 180,
                environment=cuda | FIXED)
     yield Part("c_models_75", [CTESTS / "test_cuda_models"], 120, wants="float16",
-               environment=on_75(), folder=CUDA_75)
+               **on_75())
     # Of the engine what is not about memory.
     for name, *chosen in (("cuda_engine", "streams"), ("cuda_engine", "captures"),
                           ("cuda_engine", "replays"), ("cuda_engine", "threads"), ("cuda_loop",),
                           ("fused",)):
         yield Part("_".join(["c", name.removeprefix("cuda_"), *chosen, "75"]),
                    [CTESTS / f"test_{name}", *chosen], 120, wants=RAN,
-                   environment=on_75() | cuda | FIXED, folder=CUDA_75)
+                   **on_75(**cuda, **FIXED))
 
 
 def kernel_parts():
@@ -184,8 +186,7 @@ def kernel_parts():
             name = f"kernels_{dtype}" + ("" if op[0] == "-" else f"_{op}")
             yield Part(name, [*kernels, dtype, "--all", "--op", op])
         some = [] if dtype == "f16" else ["--quick"]  # of the others 7.5 has plain kernels alone
-        yield Part(f"kernels_{dtype}_75", [*kernels, dtype, *some], environment=on_75(),
-                   folder=CUDA_75)
+        yield Part(f"kernels_{dtype}_75", [*kernels, dtype, *some], **on_75())
 
 
 def sanitizer_parts():
@@ -204,7 +205,7 @@ def sanitizer_parts():
             yield Part(f"{check}_f16_{kernel}", [*command, *quick, "--dtype", "f16", "--op", op,
                                                  "--kernel", kernel, "--flops", flops])
         yield Part(f"{check}_f16_75", [*command, *quick, "--dtype", "f16", "--flops", "1e6"],
-                   environment=on_75(), folder=CUDA_75)
+                   **on_75())
         for dtype in DTYPES:
             one = [*command, *quick, "--dtype", dtype]
             if check == "memcheck":
@@ -246,9 +247,9 @@ def python_parts_75(pytest, folder):
     """Little beside a run on one GPU, and nothing measured."""
     yield Part("gpu_75", [*pytest, *(folder / f"test_gpu_{n}.py" for n in
                                      ("unet", "vae", "clip", "pictures")), "-k", SOME_75],
-               environment=on_75() | FIXED)
+               **on_75(**FIXED))
     yield Part("loop_75", [*pytest, folder / "test_loop_cuda.py", "-m", "not alone"],
-               environment=on_75() | FIXED)
+               **on_75(**FIXED))
 
 
 def alone_parts(pytest, folder, gpus):

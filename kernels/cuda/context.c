@@ -92,8 +92,7 @@ look_for_loss(ac_cuda_device *device, ac_status status)
     size_t free_bytes, total;
     cudaError_t now = cudaMemGetInfo(&free_bytes, &total);
     cudaGetLastError();
-    if (now == cudaSuccess ||
-        (now >= cudaErrorStreamCaptureUnsupported && now <= cudaErrorStreamCaptureWrongThread)) {
+    if (now == cudaSuccess || ac_cuda_is_of_recording(now)) {
         return status;
     }
     pthread_mutex_lock(&loss_lock);

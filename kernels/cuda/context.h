@@ -24,6 +24,14 @@ ac_status ac_cuda_device_leave(ac_cuda_device *device, int previous, ac_status s
 bool ac_cuda_device_begin(ac_cuda_device *device, int *previous);
 void ac_cuda_device_end(ac_cuda_device *device, int previous);
 
+/* What CUDA says to who waits or asks while a stream is recorded: the device is not lost. */
+static inline bool
+ac_cuda_is_of_recording(cudaError_t status)
+{
+    return status >= cudaErrorStreamCaptureUnsupported &&
+           status <= cudaErrorStreamCaptureWrongThread;
+}
+
 /* The first error's message, when that error took the device with it. */
 ac_status ac_cuda_check_lost(int32_t index);
 /* `message` is that of a whole run: when it tells how the device was lost it is the one to keep. */

@@ -78,8 +78,10 @@ static int32_t recorded; /* streams, by all threads; atomic */
 static __thread int32_t recorded_here;
 
 void
-ac_cuda_count_recording(int32_t change)
+ac_cuda_set_recording(ac_lane *lane, bool now)
 {
+    int32_t change = now - lane->recording;
+    lane->recording = now;
     recorded_here += change;
     __atomic_add_fetch(&recorded, change, __ATOMIC_ACQ_REL);
 }
@@ -91,8 +93,7 @@ ac_cuda_wait_for_device(void)
     for (int ms = 0; ms < PATIENCE && recorded_here == 0; ms++) {
         if (__atomic_load_n(&recorded, __ATOMIC_ACQUIRE) == 0) {
             cudaError_t status = cudaDeviceSynchronize();
-            if (status < cudaErrorStreamCaptureUnsupported ||
-                status > cudaErrorStreamCaptureWrongThread) {
+            if (!ac_cuda_is_of_recording(status)) {
                 return status;
             }
             cudaGetLastError(); /* not the next launch's */
@@ -111,8 +112,7 @@ ac_cuda_record_begin(void *self, ac_lane *lane)
     AC_TRY(ac_cuda_device_enter(self, &previous));
     cudaError_t status = cudaStreamBeginCapture(lane->own, cudaStreamCaptureModeThreadLocal);
     if (status == cudaSuccess) { /* the caller's may be the legacy stream, which records nothing */
-        ac_cuda_count_recording(1);
-        lane->recording = true;
+        ac_cuda_set_recording(lane, true);
         lane->outside = lane->stream;
         lane->stream = lane->own;
     }
@@ -157,10 +157,7 @@ ac_cuda_record_end(void *self, ac_lane *lane, ac_recording **out)
             cudaGraphExecDestroy(unused.graph);
         }
     }
-    if (lane->recording) {
-        ac_cuda_count_recording(-1);
-    }
-    lane->recording = false;
+    ac_cuda_set_recording(lane, false);
     lane->stream = lane->outside;
     if (!recording) {
         return ac_cuda_fail(AC_E_MEMORY, "out of memory: %zu bytes were asked for",

@@ -4,8 +4,8 @@
 
 #include "cuda.h"
 
-/* This thread begins (1) or ends (-1) recording a stream. */
-void ac_cuda_count_recording(int32_t change);
+/* The lane's stream is recorded by this thread from now on, or has been. */
+void ac_cuda_set_recording(ac_lane *lane, bool now);
 /* cudaDeviceSynchronize, which fails while a stream of the device is recorded, by whomever and in
  * whatever mode, and spoils that recording: waits for ours to end first, and tries again after
  * another's, for a fifth of a second at most. */

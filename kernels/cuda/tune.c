@@ -236,15 +236,13 @@ record_runs(ac_lane *lane, const ac_tune_ways *ways, int32_t i, int times,
     cudaGraph_t graph = NULL;
     ac_status status = AC_OK;
     AC_CUDA(cudaStreamBeginCapture(watch->stream, cudaStreamCaptureModeThreadLocal));
-    ac_cuda_count_recording(1);
-    lane->recording = true;
+    ac_cuda_set_recording(lane, true);
     for (int k = 0; k < times && status == AC_OK; k++) {
         status = ways->run(ways->context, i);
     }
-    lane->recording = false;
     ac_status ended = ac_cuda_check(cudaStreamEndCapture(watch->stream, &graph),
                                     "cudaStreamEndCapture");
-    ac_cuda_count_recording(-1);
+    ac_cuda_set_recording(lane, false);
     status = status < 0 ? status : ended;
     if (status == AC_OK) {
         status = ac_cuda_check(cudaGraphInstantiate(out, graph, 0), "cudaGraphInstantiate");

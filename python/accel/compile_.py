@@ -256,8 +256,8 @@ def compile(x, *, passes_off=""):  # the name is the point
     Of StableDiffusionPipeline and StableDiffusionXLPipeline the denoise loop runs natively too,
     with the same arguments, outputs, callbacks and seeds (a callback may change latents, but not
     their shape: ShapeError); the pipe's class becomes a subclass that passes for the original one.
-    Arguments and schedulers that this loop does not do, and other
-    pipelines, run diffusers' own loop over the compiled components; report() says which and why.
+    Arguments and schedulers that this loop does not do, and other pipelines, run diffusers' own
+    loop over the compiled components; report() says which and why.
 
     Moving a module (`.to`, offloading) frees all that the engine holds for it; the next call binds
     it anew. On a GPU parameters are laid out in place as the engine reads them, so that there is no
@@ -265,9 +265,8 @@ def compile(x, *, passes_off=""):  # the name is the point
     own methods (`fuse_lora`, `unload_lora` ...): after `p.data.mul_(...)`, or the same to a
     prompt's states, which leave all that as it was, call `accel.refresh(x)`. Parameters made in
     `torch.inference_mode()` cannot be laid out and have no version: what is read joined is copied,
-    and only `load_state_dict` and adapters are noticed. What the engine keeps
-    there beside comes from PyTorch's allocator (PyTorch 2.10 and later), so its counters and limits
-    hold for that too.
+    and only `load_state_dict` and adapters are noticed. What the engine keeps there beside comes
+    from PyTorch's allocator (PyTorch 2.10 and later), so its counters and limits hold for that too.
 
     Raises
     ------

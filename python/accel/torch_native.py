@@ -329,12 +329,10 @@ class Native:
             wait(device)  # whoever gets the old memory next may be on another stream
             self._bind(index[name])
 
-        try:
+        # Out of memory: what did not move is derived, and the next call tries again.
+        with contextlib.suppress(torch.OutOfMemoryError):
             torch_layout.lay_out(self.keys[self.text], parameters, moved)
             self.laid_out = True
-        except torch.OutOfMemoryError:  # what did not move is derived; the next call tries again
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
         self._settle(moved=True)
         self.watch.moved()  # they are bound where they are now
         self.prompts.clear()

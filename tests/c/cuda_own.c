@@ -20,6 +20,8 @@ print_log(int level, const char *message)
     (void)level, (void)message;
 }
 
+static const ac_host host = {AC_ABI, ac_malloc, ac_free, ac_verror, ac_error_message, print_log};
+
 typedef struct rig {
     ac_backend backend;
     void *self;
@@ -30,8 +32,6 @@ typedef struct rig {
 static bool
 rig_open(rig *r)
 {
-    static const ac_host host = {AC_ABI, ac_malloc, ac_free, ac_verror, ac_error_message,
-                                 print_log};
     ac_caps caps;
     *r = (rig){.random = 7};
     CHECK_OK(ac_backend_cuda(AC_ABI, &host, &r->backend));
@@ -314,8 +314,6 @@ typedef struct thing {
 static void
 known(void)
 {
-    static const ac_host host = {AC_ABI, ac_malloc, ac_free, ac_verror, ac_error_message,
-                                 print_log};
     ac_backend backend;
     ac_cuda_known all = {0};
     CHECK_OK(ac_backend_cuda(AC_ABI, &host, &backend));

@@ -53,10 +53,12 @@ static struct {
     size_t live, most, uploaded; /* bytes */
     int64_t fail_at;         /* the n-th allocation from now fails; 0: none */
     int32_t fail_recordings; /* the next ones fail */
+    int32_t fail_waits;      /* the next ones for the device do */
+    bool no_tail;
     int64_t allocations, launches, uploads, downloads, replays, follows, waits, syncs;
     int64_t events, samplers, tails, copies; /* copies: within far memory, not recorded ones */
-    int64_t stream_waits, device_waits, fail_waits; /* far_wait's; so many for the device fail */
-    int32_t recordings, no_tail; /* alive; no_tail: there is none */
+    int64_t stream_waits, device_waits; /* far_wait's */
+    int32_t recordings;      /* alive */
 } far;
 
 static int32_t
@@ -133,16 +135,6 @@ far_cpu_kernel(const ac_problem *p)
     return NULL;
 }
 
-static size_t
-far_span(const ac_tensor *t)
-{
-    int64_t last = 0;
-    for (int32_t d = 0; d < t->shape.rank; d++) {
-        last += (t->shape.dim[d] - 1) * t->stride[d];
-    }
-    return (size_t)(last + 1) * ac_dtype_size(t->dtype);
-}
-
 /* The filter of w's shape out of the order o, h, w, i; what w itself holds is not read. */
 static void *
 far_unpack(ac_tensor *w, const void *prepared)
@@ -171,10 +163,10 @@ far_execute_kernel(far_lane *lane, const far_launch *l)
     bool own_form = p.op == AC_OP_CONV2D && l->prepared;
     for (int32_t k = 0; k < p.n_inputs; k++) {
         if (p.input[k].shape.rank >= 0 && !(own_form && k == AC_CONV_W)) {
-            far_check(p.input[k].data, far_span(&p.input[k]));
+            far_check(p.input[k].data, test_extent(&p.input[k]));
         }
     }
-    far_check(p.output.data, far_span(&p.output));
+    far_check(p.output.data, test_extent(&p.output));
     far.launches++;
     if (!own_form) {
         return l->kernel->launch(lane->cpu, &p, l->scratch, NULL);
@@ -296,7 +288,7 @@ far_prepare(ac_lane *lane, const ac_problem *p, void *prepared)
     const int64_t *d = w->shape.dim;
     int64_t at = 0;
     CHECK(!((far_lane *)lane)->recording);
-    far_check(w->data, far_span(w));
+    far_check(w->data, test_extent(w));
     far_check(prepared, ac_tensor_bytes(w));
     for (int64_t o = 0; o < d[0]; o++) {
         for (int64_t y = 0; y < d[2]; y++) {

@@ -11,6 +11,7 @@
 #define AC_TEST_H
 
 #include "../../csrc/base.h"
+#include "../../csrc/tensor.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -110,6 +111,17 @@ static inline double
 test_uniform(uint64_t *state, double low, double high)
 {
     return low + (high - low) * (double)(test_random(state) >> 11) * 0x1p-53;
+}
+
+/* Bytes from a tensor's data to the end of its last element, whatever the strides. */
+static inline size_t
+test_extent(const ac_tensor *t)
+{
+    int64_t last = 0;
+    for (int32_t d = 0; d < t->shape.rank; d++) {
+        last += (t->shape.dim[d] - 1) * t->stride[d];
+    }
+    return (size_t)(last + 1) * ac_dtype_size(t->dtype);
 }
 
 /* Whether ac_alloc_fail_at(nth) is still waiting for its allocation.  Switches it off. */

@@ -27,16 +27,6 @@ typedef struct replay {
     int32_t *maker;        /* graph value -> step that writes its buffer */
 } replay;
 
-static size_t
-extent(const ac_tensor *t)
-{
-    int64_t last = 0;
-    for (int i = 0; i < t->shape.rank; i++) {
-        last += (t->shape.dim[i] - 1) * t->stride[i];
-    }
-    return (size_t)(last + 1) * ac_dtype_size(t->dtype);
-}
-
 static int32_t *
 marks(replay *r, ac_ref ref)
 {
@@ -73,7 +63,7 @@ replay_step(replay *r, int32_t s)
     int32_t *out = marks(r, step->output);
     if (out) {
         size_t limit = out == r->arena ? plan->arena_bytes : plan->keep_bytes;
-        mark(out, step->output.offset, extent(&step->problem.output), limit, s);
+        mark(out, step->output.offset, test_extent(&step->problem.output), limit, s);
     }
     r->maker[node->output] = s;
     for (int32_t k = 0; k < node->n_inputs; k++) {
@@ -83,7 +73,7 @@ replay_step(replay *r, int32_t s)
         }
         int32_t maker = r->maker[base_of(plan->graph, node->input[k])];
         size_t first = step->input[k].offset / GRAIN;
-        size_t last = (step->input[k].offset + extent(&step->problem.input[k]) - 1) / GRAIN;
+        size_t last = (step->input[k].offset + test_extent(&step->problem.input[k]) - 1) / GRAIN;
         for (size_t g = first; g <= last; g++) {
             if (in[g] != maker) {
                 TEST_FAIL("step %d (%s) reads operand %d where step %d wrote, expected step %d", s,
